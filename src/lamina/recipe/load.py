@@ -14,13 +14,13 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from lamina.errors import RecipeError
-from lamina.recipe.schema import Recipe, conflicts
+from lamina.recipe.schema import Recipe, choices, conflicts
 
 __all__ = [
     "RecipeInfo",
@@ -163,7 +163,7 @@ def load_recipe(
     given = _read_file(path, problems)
     unreadable = bool(problems) and not given
     if isinstance(overrides, Mapping):
-        given |= {key: _Given(value, "override") for key, value in overrides.items()}
+        given |= {str(key): _Given(value, "override") for key, value in overrides.items()}
     else:
         given |= _read_overrides(overrides, problems)
     unknown = [key for key in given if key not in Recipe.model_fields]
@@ -327,9 +327,9 @@ def _wrong_value(key: str, given: _Given | None, error: Any) -> str:
     reason = _REASONS.get(error["type"], error["msg"]).format(**error.get("ctx", {}))
     reason = reason.removeprefix("Value error, ")
     if error["type"] == "literal_error":
-        choices = [str(c) for c in get_args(Recipe.model_fields[key].annotation)]
-        reason = f"must be {', '.join(choices[:-1])} or {choices[-1]}"
-        close = _closest(str(given.value), choices)
+        *others, last = choices(key)
+        reason = f"must be {', '.join(others)} or {last}"
+        close = _closest(str(given.value), [*others, last])
         if close:
             reason += f"; did you mean {close}?"
     return f"`{key}` ({given.place}) is {_scalar_or_repr(given.value)}: {reason}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-__all__ = ["Recipe", "conflicts", "size_in_bytes"]
+__all__ = ["Recipe", "choices", "conflicts", "size_in_bytes"]
 
 _UNITS = {
     "": 1,
@@ -122,7 +122,7 @@ Files = Annotated[list[str] | None, BeforeValidator(_files)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
-Name = Annotated[str, BeforeValidator(_path), Field(min_length=1)]
+Name = Annotated[str, Field(min_length=1), BeforeValidator(_path)]
 
 
 class Recipe(BaseModel):
@@ -298,6 +298,11 @@ class Recipe(BaseModel):
         if found:
             raise ValueError("; ".join(found))
         return self
+
+
+def choices(key: str) -> tuple[str, ...]:
+    """The values that a key can have, of a key that has a list of them."""
+    return get_args(Recipe.model_fields[key].annotation)
 
 
 def conflicts(values: Mapping[str, Any], skip: Collection[str] = ()) -> list[str]:

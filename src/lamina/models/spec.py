@@ -2,8 +2,8 @@
 places in a checkpoint where these come from.
 
 A *block* is one residual sublayer (attention, dense feed-forward, mixture of experts), or the
-embedding, or the head. Its weights come in two sorts: the *dense* part (norms, router, attention and
-shared-expert matrices) and the routed experts. Both are described here by name and shape alone.
+embedding, or the head. Its weights come in two sorts: the *dense* part (norms, router, matrices
+of attention and shared expert) and the routed experts. Both are described here by name and shape.
 
 E = experts, H = hidden size, I = an expert's intermediate size.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 BlockKind = Literal["embed", "attention", "mlp", "moe", "head"]
 
@@ -77,11 +77,14 @@ class Experts:
     Args:
         module: the transformers module that holds the stacked parameters,
             e.g. `model.layers.3.mlp.experts`.
+        router, router_module: the router's name among the block's plain tensors, and its module.
         transposed: transformers (and so PEFT) keeps the stacked parameters as `[E, in, out]`.
         gate_up_sources, down_sources: the sources of expert e.
     """
 
     module: str
+    router: str
+    router_module: str
     num_experts: int
     hidden_size: int
     intermediate_size: int
@@ -124,3 +127,24 @@ class Block:
             if linear.name == name:
                 return linear
         raise KeyError(f"{self.name} has no linear {name!r}")
+
+
+def norm_weight(name: str, module: str, size: int) -> Plain:
+    """The weight `[size]` of a norm."""
+    return Plain(name, (size,), ((Part(f"{module}.weight"),),))
+
+
+def embed_block(config: Any) -> Block:
+    """The embedding, `[V, H]`."""
+    shape = (config.vocab_size, config.hidden_size)
+    embed = Plain("embed_tokens", shape, ((Part("model.embed_tokens.weight"),),))
+    return Block("embed_tokens", "embed", None, plain=(embed,))
+
+
+def head_block(config: Any) -> Block:
+    """The last norm and the head `[V, H]`, which is left out where it is tied to the embedding."""
+    plain = [norm_weight("norm", "model.norm", config.hidden_size)]
+    if not config.tie_word_embeddings:
+        shape = (config.vocab_size, config.hidden_size)
+        plain.append(Plain("lm_head", shape, ((Part("lm_head.weight"),),)))
+    return Block("lm_head", "head", None, plain=tuple(plain))

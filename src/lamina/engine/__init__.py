@@ -1,0 +1,1 @@
+"""The training and decoding engine: layer-major over blocks, expert-major inside them."""

@@ -1,0 +1,101 @@
+"""Weights from a store, streamed in the order that the engine walks over the blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lamina.engine.sources import ResidentSource, Walk
+from lamina.lora.experts import ExpertWeights
+from lamina.models.spec import Block
+from lamina.store.layout import Store, Unit
+from lamina.store.stream import Stream
+
+
+def resident(store: Store, dtype: torch.dtype, device: torch.device) -> ResidentSource:
+    """All of a store, decoded and kept in memory."""
+    stream = Stream(store, ring_bytes=64 << 20, cache_bytes=0)
+    dense: dict[str, dict[str, Tensor]] = {}
+    experts: dict[str, list[ExpertWeights]] = {}
+
+    def tensors(unit: Unit) -> dict[str, Tensor]:
+        with stream.take(unit) as loaded:
+            return {
+                name: tensor.to(device, copy=True) for name, tensor in loaded.tensors(dtype).items()
+            }
+
+    with stream:
+        for block in store.blocks:
+            stream.schedule([block.dense, *block.experts])
+            dense[block.name] = tensors(block.dense)
+            experts[block.name] = [_expert(tensors(unit)) for unit in block.experts]
+    return ResidentSource(dense, experts)
+
+
+class StreamedSource:
+    """Weights streamed from a store in the order of the step: every unit once forward, once back.
+
+    The embedding and the head stay in memory. Experts that no token is routed to are passed over.
+    """
+
+    def __init__(self, store: Store, stream: Stream, dtype: torch.dtype, device: torch.device):
+        self.stream = stream
+        self._dtype = dtype
+        self._device = device
+        self._blocks = {block.name: block for block in store.blocks}
+        self._resident: dict[str, dict[str, Tensor]] = {}
+        ends = [block for block in store.blocks if block.kind in ("embed", "head")]
+        self._body = [block for block in store.blocks if block.kind not in ("embed", "head")]
+        stream.schedule([block.dense for block in ends])
+        for block in ends:
+            with stream.take(block.dense) as loaded:
+                self._resident[block.name] = {
+                    name: tensor.to(device, copy=True)
+                    for name, tensor in loaded.tensors(dtype).items()
+                }
+        self._announced: Walk | None = None
+
+    def _forward_order(self) -> Iterator[Unit]:
+        for block in self._body:
+            yield block.dense
+            yield from block.experts
+
+    def _backward_order(self) -> Iterator[Unit]:
+        for block in reversed(self._body):
+            yield block.dense
+            yield from reversed(block.experts)
+
+    def begin(self, walk: Walk, *, then: Walk | None) -> None:
+        if self._announced is None:
+            self._schedule(walk)
+        else:
+            assert walk == self._announced, f"{self._announced} was announced, {walk} begins"
+        self._announced = then
+        if then is not None:
+            self._schedule(then)
+
+    def _schedule(self, walk: Walk) -> None:
+        units = list(self._forward_order())
+        if walk == "step":
+            units += self._backward_order()
+        self.stream.schedule(units)
+
+    @contextmanager
+    def dense(self, block: Block) -> Iterator[Mapping[str, Tensor]]:
+        if block.name in self._resident:
+            yield self._resident[block.name]
+            return
+        with self.stream.take(self._blocks[block.name].dense) as loaded:
+            yield loaded.tensors(self._dtype)
+
+    @contextmanager
+    def expert(self, block: Block, expert: int) -> Iterator[ExpertWeights]:
+        with self.stream.take(self._blocks[block.name].experts[expert]) as loaded:
+            yield _expert(loaded.tensors(self._dtype))
+
+
+def _expert(tensors: Mapping[str, Tensor]) -> ExpertWeights:
+    return ExpertWeights(tensors["gate_up_proj"], tensors["down_proj"])

@@ -209,9 +209,11 @@ class BlockRunner:
                 probs_sum_E = group_sum_E if probs_sum_E is None else probs_sum_E + group_sum_E
             routings.append(routing)
         n_TH, indices_TK, weights_TK = _joined(routings)
+        dispatch = Dispatch.of(indices_TK, block.experts.num_experts)
+        self.source.routed(block, list(dispatch.ranges))
         experts_forward(
             n_TH,
-            Dispatch.of(indices_TK, block.experts.num_experts),
+            dispatch,
             weights_TK,
             self._take(block),
             self._experts_lora(block, self._seed(step_seed, block, len(groups))),
@@ -289,9 +291,11 @@ class BlockRunner:
             ]
             n_TH, indices_TK, weights_TK = _joined(routings)
             del routings
+            dispatch = Dispatch.of(indices_TK, block.experts.num_experts)
+            self.source.routed(block, list(reversed(dispatch.ranges)))
             dn_TH, dweights_TK = experts_backward(
                 n_TH,
-                Dispatch.of(indices_TK, block.experts.num_experts),
+                dispatch,
                 weights_TK,
                 self._take(block),
                 self._experts_lora(block, self._seed(step_seed, block, len(groups))),

@@ -6,7 +6,7 @@ resident training bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, Protocol
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lamina.lora.experts import ExpertWeights
 from lamina.models.spec import Block
+from lamina.store.stream import StreamStats
 
 #: A forward over all blocks, or a forward and the backward over the same blocks reversed.
 Walk = Literal["forward", "step"]
@@ -24,6 +25,19 @@ class WeightSource(Protocol):
 
     def begin(self, walk: Walk, *, then: Walk | None) -> None:
         """A walk over the blocks begins, and `then` will follow it: its reads may start early."""
+        ...
+
+    @property
+    def store_bytes(self) -> int:
+        """What reading every weight once reads."""
+        ...
+
+    def take_stats(self) -> StreamStats:
+        """What was read, and waited for, since the last call."""
+        ...
+
+    def routed(self, block: Block, experts: Sequence[int]) -> None:
+        """These of a block's experts will be taken, in this order."""
         ...
 
     def dense(self, block: Block) -> AbstractContextManager[Mapping[str, Tensor]]:
@@ -52,6 +66,16 @@ class ResidentSource:
         self._experts = experts
 
     def begin(self, walk: Walk, *, then: Walk | None) -> None:
+        pass
+
+    @property
+    def store_bytes(self) -> int:
+        return 0
+
+    def take_stats(self) -> StreamStats:
+        return StreamStats()
+
+    def routed(self, block: Block, experts: Sequence[int]) -> None:
         pass
 
     def dense(self, block: Block) -> AbstractContextManager[Mapping[str, Tensor]]:

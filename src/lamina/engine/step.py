@@ -56,6 +56,7 @@ class Engine:
             longer sequence goes alone).
         logits_bytes: how much memory the head's logits may take.
         router_aux_loss_coef: weight of the auxiliary loss (families that have one).
+        on_block: called between blocks; what it raises leaves the step.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Engine:
         group_tokens: int = 4096,
         logits_bytes: int = 256 << 20,
         router_aux_loss_coef: float = 0.0,
+        on_block: Callable[[], None] | None = None,
     ):
         self.family = family
         self.source = source
@@ -76,6 +78,7 @@ class Engine:
         self.group_tokens = group_tokens
         self.logits_bytes = logits_bytes
         self.router_aux_loss_coef = router_aux_loss_coef
+        self._on_block = on_block or (lambda: None)
         self.runner = BlockRunner(family, source, adapter)
         self._embed, *self._body, self._head = family.blocks
 
@@ -102,6 +105,7 @@ class Engine:
 
         x_TH = self._embedded(batch)
         for block in self._body:
+            self._on_block()
             boundaries.put(block.name, x_TH)
             x_TH, record = self.runner.forward(block, x_TH, groups, seed)
             if record is not None:
@@ -117,6 +121,7 @@ class Engine:
 
         first = self._first_trained()
         for place in range(len(self._body) - 1, first - 1, -1):
+            self._on_block()
             block = self._body[place]
             dx_TH = self.runner.backward(
                 block,
@@ -143,6 +148,7 @@ class Engine:
         groups = self._groups(batch)
         x_TH = self._embedded(batch)
         for block in self._body:
+            self._on_block()
             x_TH, _ = self.runner.forward(block, x_TH, groups)
         return x_TH
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,7 @@ from lamina.engine.sources import ResidentSource, Walk
 from lamina.lora.experts import ExpertWeights
 from lamina.models.spec import Block
 from lamina.store.layout import Store, Unit
-from lamina.store.stream import Stream
+from lamina.store.stream import Loaded, Stream, StreamStats
 
 
 def resident(store: Store, dtype: torch.dtype, device: torch.device) -> ResidentSource:
@@ -45,6 +45,10 @@ class StreamedSource:
         self.stream = stream
         self._dtype = dtype
         self._device = device
+        self._store_bytes = store.total_bytes
+        # Decoding into memory that was used before is several times as fast as into new memory.
+        self._dense_out: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self._expert_out: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._blocks = {block.name: block for block in store.blocks}
         self._resident: dict[str, dict[str, Tensor]] = {}
         ends = [block for block in store.blocks if block.kind in ("embed", "head")]
@@ -57,6 +61,18 @@ class StreamedSource:
                     for name, tensor in loaded.tensors(dtype).items()
                 }
         self._announced: Walk | None = None
+
+        stream.take_stats()
+
+    @property
+    def store_bytes(self) -> int:
+        return self._store_bytes
+
+    def take_stats(self) -> StreamStats:
+        return self.stream.take_stats()
+
+    def routed(self, block: Block, experts: Sequence[int]) -> None:
+        """Nothing to do: taking an expert passes over those before it."""
 
     def _forward_order(self) -> Iterator[Unit]:
         for block in self._body:
@@ -89,12 +105,28 @@ class StreamedSource:
             yield self._resident[block.name]
             return
         with self.stream.take(self._blocks[block.name].dense) as loaded:
-            yield loaded.tensors(self._dtype)
+            yield self._decoded(loaded, self._dense_out)
 
     @contextmanager
     def expert(self, block: Block, expert: int) -> Iterator[ExpertWeights]:
         with self.stream.take(self._blocks[block.name].experts[expert]) as loaded:
-            yield _expert(loaded.tensors(self._dtype))
+            yield _expert(self._decoded(loaded, self._expert_out))
+
+    def _decoded(
+        self, loaded: Loaded, buffers: dict[tuple[str, tuple[int, ...]], Tensor]
+    ) -> dict[str, Tensor]:
+        """A unit's tensors, in buffers that the next unit overwrites."""
+        out = {}
+        for tensor in loaded.unit.tensors:
+            key = (tensor.name, tensor.shape)
+            if tensor.codec == "bf16" and self._dtype == torch.bfloat16:
+                continue  # a view of what was read
+            if key not in buffers:
+                buffers[key] = torch.empty(tensor.shape, dtype=self._dtype)
+            out[tensor.name] = buffers[key]
+        return {
+            name: t.to(self._device) for name, t in loaded.tensors(self._dtype, out=out).items()
+        }
 
 
 def _expert(tensors: Mapping[str, Tensor]) -> ExpertWeights:

@@ -251,6 +251,9 @@ class CachedAttention:
     Args:
         lengths: tokens of each prompt.
         max_length: tokens that any sequence may reach.
+
+    Attributes:
+        last_tokens_N: the place of each sequence's last token among those of the pass.
     """
 
     def __init__(self, lengths: Sequence[int], max_length: int, device: torch.device):
@@ -268,6 +271,7 @@ class CachedAttention:
             for start, new in zip(self.lengths_N.tolist(), self._new, strict=True)
         ]
         self.position_ids_T = torch.cat(positions).to(self.device)
+        self.last_tokens_N = (torch.tensor(self._new).cumsum(0) - 1).to(self.device)
         self._row_T = torch.repeat_interleave(
             torch.arange(len(self._new)), torch.tensor(self._new)
         ).to(self.device)

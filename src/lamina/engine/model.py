@@ -1,0 +1,91 @@
+"""A prepared model, opened: its store, family and tokenizer, and where it computes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lamina.data.template import Renderer
+from lamina.engine.prepare import Progress, open_store
+from lamina.engine.streamed import StreamedSource
+from lamina.errors import StoreError
+from lamina.models import load_family
+from lamina.models.common import Family
+from lamina.recipe.schema import Recipe, size_in_bytes
+from lamina.store.layout import Store
+from lamina.store.stream import Stream
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a run, an evaluation and a generator start from."""
+
+    recipe: Recipe
+    store: Store
+    family: Family
+    tokenizer: Any
+    renderer: Renderer
+    dtype: torch.dtype
+    device: torch.device
+
+    @contextmanager
+    def streamed(self) -> Iterator[StreamedSource]:
+        """The weights, streamed within the recipe's ring and cache."""
+        total = self.store.total_bytes
+        with Stream(
+            self.store,
+            ring_bytes=size_in_bytes(self.recipe.ring, total),
+            cache_bytes=size_in_bytes(self.recipe.cache, total),
+        ) as stream:
+            yield StreamedSource(self.store, stream, self.dtype, self.device)
+
+
+def open_model(recipe: Recipe, progress: Progress | None = None) -> Model:
+    """Open the store of a recipe's model.
+
+    Raises:
+        StoreError: it isn't prepared, is damaged, or holds another model or no tokenizer.
+    """
+    store = open_store(recipe, progress)
+    family = load_family(store.config)
+    tokenizer = _tokenizer(store)
+    return Model(
+        recipe=recipe,
+        store=store,
+        family=family,
+        tokenizer=tokenizer,
+        renderer=Renderer(tokenizer, stop_ids=_stop_ids(store)),
+        dtype=getattr(torch, recipe.dtype),
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+
+
+def _tokenizer(store: Store) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return AutoTokenizer.from_pretrained(store.path)
+    except Exception as error:  # transformers and tokenizers raise errors of many types
+        raise StoreError(
+            f"the store in {store.path} has no tokenizer that transformers can load: {error}",
+            hint="put the model's tokenizer files into the checkpoint and prepare it again",
+        ) from error
+
+
+def _stop_ids(store: Store) -> tuple[int, ...]:
+    """The end tokens that generation_config.json names, if there is one."""
+    from transformers import GenerationConfig
+
+    if not (store.path / "generation_config.json").is_file():
+        return ()
+    eos = GenerationConfig.from_pretrained(store.path).eos_token_id
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list) else (eos,)

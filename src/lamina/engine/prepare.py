@@ -1,0 +1,175 @@
+"""From a model's name to its store: the small models are built, hub names downloaded, and both
+converted."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lamina.errors import CheckpointError, StoreError
+from lamina.models import load_family
+from lamina.models.mini import MINI_NAMES, ensure_mini, mini_path
+from lamina.recipe.schema import Recipe
+from lamina.store.convert import prepare as convert
+from lamina.store.layout import MANIFEST, Store
+
+#: Bytes done, bytes in all, and what is being done.
+Progress = Callable[[int, int, str], None]
+
+#: What of a hub's repository a store needs.
+_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "USE_POLICY*"]
+
+
+def lamina_home() -> Path:
+    """Where stores and small models live: `$LAMINA_HOME`, or `~/.cache/lamina`."""
+    home = os.environ.get("LAMINA_HOME")
+    return Path(home).expanduser() if home else Path.home() / ".cache" / "lamina"
+
+
+def default_store(model: str, codec: str) -> Path:
+    """The folder of a model's store where none is named."""
+    name = Path(model).expanduser().resolve().name if Path(model).is_dir() else model
+    return lamina_home() / "stores" / f"{name.replace('/', '--')}-{codec}"
+
+
+def prepare(
+    model: str, *, codec: str = "nf4", store: Path | None = None, progress: Progress | None = None
+) -> Store:
+    """Convert a model to a store, or open the store if that has been done. An interrupted
+    preparation goes on where it ended.
+
+    Args:
+        model: a folder with a checkpoint, a hub name, `mini-mixtral` or `mini-maverick`.
+        codec: `nf4`, `int8` or `bf16`.
+        store: its folder; None for the default place.
+
+    Raises:
+        CheckpointError: the checkpoint can't be found or converted.
+        StoreError: the folder can't take the store, or holds another.
+    """
+    out = store or default_store(model, codec)
+    checkpoint = _checkpoint(model, progress)
+    config = _read_config(checkpoint)
+    family = load_family(config)
+    return convert(
+        checkpoint,
+        out,
+        model_type=config["model_type"],
+        config=config,
+        blocks=family.blocks,
+        codec=codec,
+        prefixes=family.checkpoint_prefixes,
+        progress=progress,
+    )
+
+
+def open_store(recipe: Recipe, progress: Progress | None = None) -> Store:
+    """The store that a recipe names. The small models prepare themselves at first use.
+
+    Raises:
+        StoreError: there is none yet, it is damaged, or it holds another model.
+    """
+    path = Path(recipe.store) if recipe.store else default_store(recipe.model, recipe.codec)
+    path = path.expanduser()
+    if not (path / MANIFEST).exists():
+        if recipe.model in MINI_NAMES:
+            return prepare(recipe.model, codec=recipe.codec, store=path, progress=progress)
+        where = f" --store {path}" if recipe.store else ""
+        raise StoreError(
+            f"{recipe.model} isn't prepared: there is no store in {path}",
+            hint=f"lamina prepare {recipe.model} --codec {recipe.codec}{where}",
+        )
+    store = Store.open(path)
+    _check_same(recipe, store)
+    return store
+
+
+def _check_same(recipe: Recipe, store: Store) -> None:
+    problems = []
+    if store.codec != recipe.codec:
+        problems.append(f"it holds {store.codec}, and the recipe says codec {recipe.codec}")
+    folder = (
+        mini_path(recipe.model) if recipe.model in MINI_NAMES else Path(recipe.model).expanduser()
+    )
+    if (folder / "config.json").is_file():
+        theirs = _read_config(folder)
+        problems += [
+            f"it holds a model with {key} {_short(store.config.get(key))}; "
+            f"{recipe.model} has {_short(theirs.get(key))}"
+            for key in sorted(theirs.keys() | store.config.keys())
+            if key not in ("transformers_version", "dtype", "torch_dtype", "_name_or_path")
+            and theirs.get(key) != store.config.get(key)
+        ]
+    if problems:
+        raise StoreError(
+            f"the store in {store.path} isn't that of {recipe.model}",
+            problems=problems[:8],
+            hint="give the store of this model (store=...), or prepare it into another folder",
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _checkpoint(model: str, progress: Progress | None) -> Path:
+    if model in MINI_NAMES:
+        return ensure_mini(model, progress=_named(progress, f"building {model}"))
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"{model}: there is no such folder, and it isn't the name of a model on the hub",
+            hint="give a folder with a checkpoint, a name like owner/model, or one of "
+            + ", ".join(MINI_NAMES),
+        )
+    return _download(model)
+
+
+def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress(done, total, what)
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=_PATTERNS))
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{model} is gated: its owner gives it only to those who accept its licence",
+            hint="accept it on the model's page, then set HF_TOKEN or run hf auth login",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"the hub has no model {model}, or you may not see it",
+            hint="check the name; for a private model set HF_TOKEN",
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{model} can't be downloaded: {error}",
+            hint="run the same command again: files that are there aren't downloaded twice",
+        ) from error
+
+
+def _read_config(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} can't be read: {error.strerror}",
+            hint="a checkpoint is a folder with config.json and *.safetensors, as transformers "
+            "writes it",
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} isn't JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} isn't a JSON object")
+    return config

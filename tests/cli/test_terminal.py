@@ -127,7 +127,7 @@ def test_progress_over_bytes_in_plain_lines(
         progress(1, 10, "shard 1")
     assert capsys.readouterr().err == ""
 
-    monkeypatch.setattr(lamina.cli.terminal, "_LINE_EVERY", 0.0)
+    monkeypatch.setattr(lamina.cli.terminal, "LINE_EVERY", 0.0)
     with byte_progress("preparing m") as progress:
         progress(500_000_000, 10**9, "shard 1")
         progress(10**9, 0, "shard 2")
@@ -164,7 +164,7 @@ def test_a_live_display() -> None:
     seen = on_a_terminal(
         "import time\n"
         "from lamina.cli.display import TuneDisplay\n"
-        "from lamina.telemetry.events import EvalEvent, StepEvent\n"
+        "from lamina.telemetry.events import EvalEvent, StartEvent, StepEvent\n"
         "from datetime import datetime, timedelta, UTC\n"
         "def step(n):\n"
         "    end = (datetime.now(UTC) + timedelta(seconds=60)).isoformat()\n"
@@ -173,11 +173,15 @@ def test_a_live_display() -> None:
         "        store_bytes_read=9, seconds_waited=0.5, seconds=1.0, peak_memory_bytes=9,\n"
         "        predicted_end=end)\n"
         "with TuneDisplay('[mini]') as display:\n"
+        "    display.progress(3 * 10**8, 10**9, 'mini.safetensors')\n"
+        "    time.sleep(0.6)\n"
+        "    display(StartEvent(total_steps=9, trainable_parameters=9, store_bytes=9))\n"
         "    time.sleep(0.6)\n"
         "    display(EvalEvent(step=0, loss=2.0, loss_tokens=9, seconds=1.0))\n"
         "    for n in range(1, 5): display(step(n))\n"
     )
 
+    assert "[mini]: mini.safetensors: 300 MB of 1.0 GB, 30%" in seen
     assert "[mini]: before the first step" in seen
     assert "held-out loss 2.0000 before the first step" in seen
     assert "step 4/9  1m 00s left" in seen or "step 4/9  59s left" in seen

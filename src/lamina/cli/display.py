@@ -7,7 +7,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from lamina.cli.terminal import console, duration, size
+from lamina.cli.terminal import LINE_EVERY, bytes_line, console, duration, size
 from lamina.telemetry.events import EvalEvent, Event, StartEvent, StepEvent
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class TuneDisplay:
     def __init__(self, name: str) -> None:
         self._console = console()
         self._live: _Live | None = _Live(self._console, name) if self._console.is_terminal else None
-        self._last_line = float("-inf")
+        self._last_line = time.monotonic()
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -50,10 +50,21 @@ class TuneDisplay:
         elif isinstance(event, EvalEvent):
             self._print(eval_line(event))
         elif isinstance(event, StartEvent):
+            if self._live is not None:
+                self._live.prepare("before the first step")
             self._print(
                 f"{event.trainable_parameters:,} trained weights, {event.total_steps} steps, "
                 f"a store of {size(event.store_bytes)}"
             )
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        """Told of what is prepared before the run, in bytes."""
+        text = bytes_line(done, total, what)
+        if self._live is not None:
+            self._live.prepare(text)
+        elif time.monotonic() - self._last_line >= LINE_EVERY:
+            self._last_line = time.monotonic()
+            self._print(text)
 
     def _due(self, event: StepEvent) -> bool:
         now = time.monotonic()
@@ -110,6 +121,7 @@ class _Live:
 
         assert isinstance(out, Console)
         self._name = name
+        self._doing = "before the first step"
         self._event: StepEvent | None = None
         self._begun = time.monotonic()
         self._live = Live(
@@ -123,6 +135,9 @@ class _Live:
         self._live.stop()
         if self._event is not None:
             self._live.console.print(step_line(self._event), markup=False, soft_wrap=True)
+
+    def prepare(self, what: str) -> None:
+        self._doing = what
 
     def update(self, event: StepEvent) -> None:
         self._event = event
@@ -138,7 +153,7 @@ class _Live:
         event = self._event
         if event is None:
             passed = duration(time.monotonic() - self._begun)
-            return Spinner("dots", Text(f"{self._name}: before the first step, {passed}"))
+            return Spinner("dots", Text(f"{self._name}: {self._doing}, {passed}"))
         line = Table.grid(padding=(0, 1))
         line.add_row(
             Text(self._name, style="bold"),

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from lamina.errors import LaminaError
 
 __all__ = [
+    "LINE_EVERY",
     "Progress",
     "byte_progress",
+    "bytes_line",
     "console",
     "duration",
     "note",
@@ -35,7 +37,7 @@ __all__ = [
 Progress = Callable[[int, int, str], None]
 
 #: Seconds between two lines of progress where there is no terminal to redraw.
-_LINE_EVERY = 10.0
+LINE_EVERY = 10.0
 
 
 def console() -> Console:
@@ -107,6 +109,12 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400}d {whole % 86400 // 3600}h"
 
 
+def bytes_line(done: int, total: int, what: str) -> str:
+    """How far something over bytes is."""
+    share = f" of {size(total)}, {100 * done / total:.0f}%" if total else ""
+    return f"{what}: {size(done)}{share}"
+
+
 @contextmanager
 def byte_progress(title: str) -> Iterator[Progress]:
     """A progress bar over bytes on a terminal; a line now and then elsewhere."""
@@ -144,9 +152,8 @@ def byte_progress(title: str) -> Iterator[Progress]:
 
     def line(done: int, total: int, what: str) -> None:
         nonlocal last
-        if time.monotonic() - last >= _LINE_EVERY:
+        if time.monotonic() - last >= LINE_EVERY:
             last = time.monotonic()
-            share = f" of {size(total)}, {100 * done / total:.0f}%" if total else ""
-            note(f"{title}: {what}: {size(done)}{share}")
+            note(f"{title}: {bytes_line(done, total, what)}")
 
     yield line

@@ -71,7 +71,12 @@ def tune(
 
     with TuneDisplay(Path(recipe).stem) as display:
         summary = run_tune(
-            loaded, data=train_files, eval_data=eval_files, out=run, on_event=display
+            loaded,
+            data=train_files,
+            eval_data=eval_files,
+            out=run,
+            on_event=display,
+            progress=display.progress,
         )
 
     # 3. What came of it.
@@ -146,4 +151,6 @@ def _report(summary: RunSummary) -> str:
         ("tokens", f"{summary.tokens:,} ({summary.tokens_per_second:,.0f} a second)"),
         ("peak memory", size(summary.peak_memory_bytes)),
     ]
+    if summary.dropped_rows:
+        lines.append(("left out", f"{summary.dropped_rows:,} rows, longer than max_length"))
     return "".join(f"{name:<14} {value}\n" for name, value in lines)

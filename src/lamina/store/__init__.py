@@ -1,0 +1,1 @@
+"""Weights on disk: converting a checkpoint into a store, and streaming it."""

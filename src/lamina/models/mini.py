@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -36,6 +35,7 @@ from safetensors.torch import save_file
 
 from lamina.errors import CheckpointError
 from lamina.models.mini_parent import PARENT, Parent, find_parent, interleaved
+from lamina.recipe.places import home
 
 __all__ = ["MINI_NAMES", "PARENT", "build_mini", "ensure_mini", "mini_path"]
 
@@ -83,8 +83,7 @@ def mini_path(name: str) -> Path:
         CheckpointError: there is no small model of that name.
     """
     _mini(name)
-    home = os.environ.get("LAMINA_HOME")
-    return (Path(home) if home else Path.home() / ".cache" / "lamina") / "models" / name
+    return home() / "models" / name
 
 
 def ensure_mini(name: str, *, progress: Progress | None = None) -> Path:

@@ -133,9 +133,9 @@ KEYS = [
 ]
 
 
-def surface(command: Any, name: str = "") -> dict[str, list[str]]:
+def surface(command: Any, name: str = "", parent: Any = None) -> dict[str, list[str]]:
     """Every command with its flags and arguments."""
-    context = command.make_context(name, [], resilient_parsing=True)
+    context = command.make_context(name, [], parent=parent, resilient_parsing=True)
     found = {
         name: sorted(
             word
@@ -148,7 +148,7 @@ def surface(command: Any, name: str = "") -> dict[str, list[str]]:
         )
     }
     for child_name, child in getattr(command, "commands", {}).items():
-        found |= surface(child, f"{name} {child_name}".strip())
+        found |= surface(child, f"{name} {child_name}".strip(), context)
     return found
 
 

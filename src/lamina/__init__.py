@@ -16,8 +16,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lamina.engine.loop import RunSummary, tune
+    from lamina.engine.loop import tune
     from lamina.engine.prepare import prepare
+    from lamina.engine.run import RunSummary
     from lamina.errors import (
         AdapterError,
         CheckpointError,
@@ -67,8 +68,9 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "lamina.engine.loop": ("RunSummary", "tune"),
+    "lamina.engine.loop": ("tune",),
     "lamina.engine.prepare": ("prepare",),
+    "lamina.engine.run": ("RunSummary",),
     "lamina.errors": (
         "AdapterError",
         "CheckpointError",

@@ -90,14 +90,14 @@ def test_eval(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     (here / "runs" / "mine" / "recipe.yaml").touch()
 
     assert problems(capsys, "eval", "mine", "--data", "data.jsonl") == [
-        "error: mine: there is no such run",
+        "error: mine: there is no such folder",
         "hint: There is a runs/mine.",
     ]
     assert problems(capsys, "eval", "runs/mime", "--data", "data.jsonl")[0] == (
-        "error: runs/mime: there is no such run; did you mean runs/mine?"
+        "error: runs/mime: there is no such folder; did you mean runs/mine?"
     )
     assert problems(capsys, "eval", "runs", "--data", "data.jsonl")[0] == (
-        "error: runs: isn't the folder of a run: it has no recipe.yaml"
+        "error: runs: is neither the folder of a run nor that of a model"
     )
     assert problems(capsys, "eval", "runs/mine", "--data", "date.jsonl") == [
         "error: the evaluation can't begin",
@@ -131,6 +131,7 @@ def test_stores_that_are_not_there(
 
 def test_a_folder_or_a_name(here: Path) -> None:
     (here / "mine").mkdir()
+    (here / "mine" / "store.json").touch()
 
     assert run_or_model("mine") == "mine"
     assert run_or_model("mini-mixtral") == "mini-mixtral"

@@ -16,7 +16,7 @@ from lamina.cli.options import (
     Temperature,
     TopP,
 )
-from lamina.cli.terminal import note, show_error
+from lamina.cli.terminal import byte_progress, note, show_error
 from lamina.errors import LaminaError
 
 __all__ = ["chat"]
@@ -40,7 +40,9 @@ def chat(
 
     opening = [{"role": "system", "content": system}] if system else []
     history = list(opening)
-    with Generator(source, adapter=adapter) as generator:
+    with byte_progress(run) as progress:
+        opened = Generator(source, adapter=adapter, progress=progress)
+    with opened as generator:
         if sys.stdin.isatty():
             note(_HELP, style="dim")
         for line in _lines():

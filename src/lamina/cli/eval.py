@@ -9,31 +9,29 @@ from typing import Annotated
 
 import typer
 
-from lamina.cli.inputs import data_problems, require, require_run
-from lamina.cli.options import AsJson
+from lamina.cli.inputs import data_problems, require, run_or_model
+from lamina.cli.options import Adapter, AsJson, RunOrModel
 from lamina.cli.terminal import print_json
 
 __all__ = ["evaluate"]
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    run: RunOrModel,
     data: Annotated[
         list[Path],
         typer.Option("--data", metavar="FILE", help="What to measure on. May be given again."),
     ],
-    adapter: Annotated[
-        bool, typer.Option("--adapter/--no-adapter", help="With what was learned, or without.")
-    ] = True,
+    adapter: Adapter = True,
     as_json: AsJson = False,
 ) -> None:
     """Measure the loss and the perplexity of a run over data."""
-    require_run(run)
+    source = run_or_model(run)
     require(data_problems(data), "the evaluation")
 
     from lamina.evaluate.score import evaluate as score
 
-    result = score(run, data, adapter=adapter)
+    result = score(source, data, adapter=adapter)
     if as_json:
         print_json(asdict(result))
         return

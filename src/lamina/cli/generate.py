@@ -18,7 +18,7 @@ from lamina.cli.options import (
     Temperature,
     TopP,
 )
-from lamina.cli.terminal import note, print_json, size
+from lamina.cli.terminal import byte_progress, note, print_json, size
 from lamina.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ def generate(
     from lamina.evaluate.generate import Generator
 
     streaming = len(prompts) == 1 and not as_json
-    with Generator(source, adapter=adapter) as generator:
+    with byte_progress(run) as progress:
+        opened = Generator(source, adapter=adapter, progress=progress)
+    with opened as generator:
         completions = generator.generate(
             messages,
             max_new_tokens=max_new_tokens,

@@ -14,9 +14,12 @@ __all__ = [
     "did_you_mean",
     "out_problems",
     "require",
-    "require_run",
     "run_or_model",
 ]
+
+_RUNS = "`lamina tune` writes runs to the folder that --out names, or to runs/."
+#: What tells the folder of a run, of a store and of a checkpoint.
+_MARKS = ("recipe.yaml", "store.json", "config.json")
 
 
 def data_problems(files: Iterable[Path]) -> list[str]:
@@ -52,42 +55,29 @@ def require(problems: list[str], what: str) -> None:
         raise DataError(f"{what} can't begin", problems=problems)
 
 
-def require_run(run: Path) -> None:
-    """
-    Raises:
-        LaminaError: the folder isn't a run's.
-    """
-    if not run.is_dir():
-        raise LaminaError(f"{run}: there is no such run{did_you_mean(run)}", hint=_hint(run))
-    if not (run / "recipe.yaml").is_file():
-        raise LaminaError(
-            f"{run}: isn't the folder of a run: it has no recipe.yaml", hint=_hint(run)
-        )
-
-
 def run_or_model(text: str) -> str:
-    """The text, once it can be a run's folder, or else the name of a model.
+    """The text, once it can be the folder of a run, a store or a model, or else a model's name.
 
     Raises:
         UsageError: it is empty.
-        LaminaError: it looks like a folder, and there is none.
+        LaminaError: it is another folder, or looks like a folder and there is none.
     """
     if not text:
         raise UsageError("a run or a model is needed")
     path = Path(text).expanduser()
     if path.is_dir():
+        if not any((path / file).is_file() for file in _MARKS):
+            raise LaminaError(
+                f"{text}: is neither the folder of a run nor that of a model", hint=_RUNS
+            )
         return str(path)
+    beside = Path("runs") / text
+    if beside.is_dir():
+        raise LaminaError(f"{text}: there is no such folder", hint=f"There is a {beside}.")
     # A hub's name has at most one slash, and doesn't begin with one, a dot or a tilde.
     if text[0] in "./~" or text.count("/") > 1 or text.startswith("runs/"):
-        raise LaminaError(f"{text}: there is no such folder{did_you_mean(path)}", hint=_hint(path))
+        raise LaminaError(f"{text}: there is no such folder{did_you_mean(path)}", hint=_RUNS)
     return text
-
-
-def _hint(run: Path) -> str:
-    beside = Path("runs") / run.name
-    if (beside / "recipe.yaml").is_file() and beside != run:
-        return f"There is a {beside}."
-    return "`lamina tune` writes runs to the folder that --out names, or to runs/."
 
 
 def did_you_mean(path: Path) -> str:

@@ -16,7 +16,7 @@ from lamina.cli.terminal import duration, note, print_json, size
 from lamina.errors import LaminaError, RecipeError, UsageError
 
 if TYPE_CHECKING:
-    from lamina.engine.loop import RunSummary
+    from lamina.engine.run import RunSummary
     from lamina.recipe.schema import Recipe
 
 __all__ = ["tune"]

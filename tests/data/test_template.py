@@ -106,7 +106,7 @@ def test_per_message_flags(renderer: Renderer) -> None:
     assert learned(renderer, conversation) == ["second<|im_end|>"]
     assert renderer.render(conversation)[0].input_ids.tolist() == plain
     conversation.messages[3].train = False
-    with pytest.raises(DataError, match="no token to learn"):
+    with pytest.raises(DataError, match="every assistant turn is flagged not to be trained"):
         renderer.render(conversation)
 
 

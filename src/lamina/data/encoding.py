@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
+
+from lamina.data.chat.pieces import Piece
 
 __all__ = ["PieceEncoder"]
 
 
 class PieceEncoder:
-    """Encodes the pieces of a rendered conversation.
+    """Encodes the pieces of samples.
 
-    A sentencepiece tokenizer puts a space before any text it is given, which would be wrong in the
-    middle of a conversation. `follow` therefore encodes a piece as the continuation of other text.
+    A sentencepiece tokenizer puts a space before any text it is given, which is wrong in the middle
+    of a rendered conversation: `follow` encodes a text as the continuation of another.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -23,19 +26,44 @@ class PieceEncoder:
         self._fast = getattr(tokenizer, "backend_tokenizer", None)
         if self._fast is not None and (self._fast.truncation or self._fast.padding):
             # Settings of the caller's, which would cut or pad every piece.
-            self._fast = type(self._fast).from_str(self._fast.to_str())
-            self._fast.no_truncation()
-            self._fast.no_padding()
+            self._fast = _copy(self._fast)
         self._newline = self.start(["\n"])[0]
         joined = self.start(["\na"])[0]
         self._adds_prefix = joined[len(self._newline) :] != self.start(["a"])[0]
+
+    def encode(self, samples: Sequence[Sequence[Piece]]) -> Iterator[list[list[int]]]:
+        """For each sample, the ids of each of its pieces. All texts go to the tokenizer at once,
+        which then works on several cores."""
+        first: list[str] = []
+        rest: list[str] = []
+        plain: list[str] = []
+        for pieces in samples:
+            for k, piece in enumerate(pieces):
+                if piece.kind == "plain":
+                    plain.append(piece.text)
+                elif piece.kind == "rendered":
+                    (rest if k else first).append(piece.text)
+        encoded = {
+            "first": iter(self.start(first)),
+            "rest": iter(self.follow(rest)),
+            "plain": iter(self.plain(plain)),
+        }
+        for pieces in samples:
+            result = []
+            for k, piece in enumerate(pieces):
+                if piece.kind == "ids":
+                    result.append(list(piece.ids))
+                elif piece.kind == "plain":
+                    result.append(next(encoded["plain"]))
+                else:
+                    result.append(next(encoded["rest" if k else "first"]))
+            yield result
 
     def start(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, as if it stood at the beginning. Special tokens written in a text
         are recognized; none are added."""
         if self._fast is not None:
-            encodings = self._fast.encode_batch_fast(list(texts), add_special_tokens=False)
-            return [encoding.ids for encoding in encodings]
+            return _encode(self._fast, texts)
         return [list(self._tokenizer.encode(text, add_special_tokens=False)) for text in texts]
 
     def follow(self, texts: Sequence[str]) -> list[list[int]]:
@@ -49,3 +77,44 @@ class PieceEncoder:
         for k, ids in zip(odd, self.start([texts[k] for k in odd]), strict=True):
             pieces[k] = newline + ids
         return [ids[len(newline) :] for ids in pieces]
+
+    def plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text by itself, as the vendors' encoders see it: special tokens written
+        in it are text, and sentencepiece's leading space is always added."""
+        if self._swallows_space:
+            texts = [" " + text if text else text for text in texts]
+        if self._plain is not None:
+            return _encode(self._plain, texts)
+        return [
+            list(self._tokenizer.encode(t, add_special_tokens=False, split_special_tokens=True))
+            for t in texts
+        ]
+
+    @cached_property
+    def _plain(self) -> Any:
+        if self._fast is None:
+            return None
+        plain = _copy(self._fast)
+        plain.encode_special_tokens = True
+        return plain
+
+    @cached_property
+    def _swallows_space(self) -> bool:
+        """Whether a sentencepiece vocabulary's space, which stands before every text, has to be
+        put there: its converted form leaves it out before a text that starts with one."""
+        spaced, bare = self.start([" a", "a"])
+        return spaced == bare
+
+
+def _copy(fast: Any) -> Any:
+    copy = type(fast).from_str(fast.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
+def _encode(fast: Any, texts: Sequence[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    encodings = fast.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]

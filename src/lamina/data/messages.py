@@ -1,9 +1,8 @@
 """The canonical form that every data format is read into and written from.
 
-An *example* is one row of a dataset: a `Conversation` or a raw `Text`. The classes are dataclasses
-with slots and not pydantic models, because a million rows are built in seconds;
-`canonical_adapter()` is the pydantic adapter over the same classes that validates, serializes and
-describes them.
+An *example* is one row of a dataset. The classes are dataclasses with slots and not pydantic
+models, because a million rows are built in seconds; `canonical_adapter()` is the pydantic adapter
+over the same classes that validates, serializes and describes them.
 """
 
 from __future__ import annotations
@@ -18,10 +17,15 @@ __all__ = [
     "ROLES",
     "Conversation",
     "Example",
+    "Feedback",
     "Message",
+    "Preference",
     "Role",
     "RowError",
+    "Segment",
+    "Segments",
     "Text",
+    "Tokens",
     "ToolCall",
     "canonical_adapter",
 ]
@@ -79,11 +83,16 @@ class Message:
 
 @dataclass(slots=True)
 class Conversation:
-    """Messages in order, with the tools (JSON schemas, as OpenAI writes them) on offer in them."""
+    """Messages in order.
+
+    Args:
+        tools: the tools on offer, as OpenAI writes them (JSON schemas).
+        extra: the row's other columns, which training ignores and conversion carries along.
+    """
 
     messages: list[Message]
     tools: list[dict[str, Any]] = field(default_factory=list)
-    id: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -91,10 +100,68 @@ class Text:
     """A document that is learned as it stands."""
 
     text: str
-    id: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
-Example = Conversation | Text
+@dataclass(slots=True)
+class Segment:
+    """A piece of text that is learned or only read."""
+
+    text: str
+    train: bool
+
+
+@dataclass(slots=True)
+class Segments:
+    """Text in pieces, without a chat template.
+
+    Args:
+        closed: whether an end of text follows the last piece. A prompt with its completion is
+            closed; Axolotl's segments write all their control tokens themselves.
+    """
+
+    segments: list[Segment]
+    closed: bool = True
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Tokens:
+    """A row that somebody has tokenized already.
+
+    Args:
+        labels: as long as `input_ids`; -100 where nothing is learned.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Preference:
+    """Two answers to one prompt, of which the first is preferred. All three parts are messages, or
+    all three are plain text."""
+
+    prompt: list[Message] | str
+    chosen: list[Message] | str
+    rejected: list[Message] | str
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Feedback:
+    """An answer that somebody liked, or didn't. Both parts are messages, or both are plain text."""
+
+    prompt: list[Message] | str
+    completion: list[Message] | str
+    label: bool
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+Example = Conversation | Text | Segments | Tokens | Preference | Feedback
 
 
 @cache

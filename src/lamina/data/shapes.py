@@ -44,7 +44,7 @@ def parse_text(row: dict[str, Any]) -> Text:
         raise RowError("wrong-type", f"'text' is a {json_type(text)}, not a string")
     if not text.strip():
         raise RowError("empty-text", "'text' is empty")
-    return Text(text, _row_id(row))
+    return Text(text, _others(row, {"text"}))
 
 
 def parse_messages(row: dict[str, Any]) -> Conversation:
@@ -54,7 +54,9 @@ def parse_messages(row: dict[str, Any]) -> Conversation:
         raise RowError("wrong-type", f"'messages' is a {json_type(raw)}, not an array")
     if not raw:
         raise RowError("empty-messages", "'messages' is empty")
-    conversation = Conversation(_messages(raw), _tools(row.get("tools")), _row_id(row))
+    conversation = Conversation(
+        _messages(raw), _tools(row.get("tools")), _others(row, {"messages", "tools"})
+    )
     check_learnable(conversation)
     return conversation
 
@@ -223,6 +225,5 @@ def _tools(tools: object) -> list[dict[str, Any]]:
     return tools
 
 
-def _row_id(row: dict[str, Any]) -> str | None:
-    value = row.get("id")
-    return value if isinstance(value, str) else None
+def _others(row: dict[str, Any], known: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in known}

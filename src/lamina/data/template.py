@@ -1,29 +1,43 @@
 """Examples to tokens with a loss mask: what a model reads, and which of it it learns to write.
 
-A conversation is rendered with the tokenizer's own chat template and cut at its assistant turns.
-Each part is tokenized by itself and the ids are put end to end, which is how inference sees them:
-first the prompt, ending with the header of the assistant's turn, then what the model writes. A
-template whose rendering of the beginning of a conversation isn't the beginning of its rendering of
-the whole can't be masked this way, and is refused with the reason.
+A conversation is written by a chat template in pieces: Llama 4's and Mixtral 8x22B's own, or the
+template that comes with the tokenizer, cut at its assistant turns. Each piece is tokenized by
+itself and the ids are put end to end, which is how inference sees them: first the prompt, ending
+with the header of the assistant's turn, then what the model writes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lamina.data.chat import llama4, mixtral
+from lamina.data.chat.foreign import ForeignTemplate
+from lamina.data.chat.pieces import ChatTemplate, Mask, Piece
 from lamina.data.encoding import PieceEncoder
-from lamina.data.foreign import ForeignTemplate
-from lamina.data.messages import Conversation, Example, Message, RowError, Text
+from lamina.data.messages import (
+    Conversation,
+    Example,
+    Feedback,
+    Message,
+    Preference,
+    RowError,
+    Segment,
+    Segments,
+    Text,
+    Tokens,
+)
 from lamina.data.shapes import parse_message_list
 from lamina.errors import DataError
 
-__all__ = ["Renderer", "Sample"]
+__all__ = ["Renderer", "Sample", "TemplateName"]
+
+TemplateName = Literal["auto", "tokenizer", "llama4", "mixtral"]
 
 #: How many examples are tokenized in one call of the tokenizer, which then works in parallel.
 _CHUNK = 256
@@ -48,14 +62,24 @@ class Sample:
     def num_loss_tokens(self) -> int:
         return int(self.loss_mask.sum())
 
+    @property
+    def labels(self) -> NDArray[np.int32]:
+        """`[T]`: the token itself where it is learned, else -100."""
+        return np.where(self.loss_mask, self.input_ids, np.int32(-100))
+
 
 @dataclass(slots=True)
 class _Draft:
-    """The pieces of a sample before they are tokenized; `learned` says which the model writes."""
+    """A sample before it is tokenized.
 
-    pieces: list[str]
-    learned: list[bool]
-    is_text: bool = False
+    Args:
+        end: whether an end of text is to follow, and to be learned.
+        begin: whether the tokenizer's beginning of text is to stand first, if it has one.
+    """
+
+    pieces: list[Piece]
+    end: Literal["no", "read", "learn"] = "no"
+    begin: bool = True
 
 
 class Renderer:
@@ -64,33 +88,53 @@ class Renderer:
     Args:
         tokenizer: a transformers tokenizer.
         stop_ids: further ids that end generation, such as a generation config's `eos_token_id`s.
+        mask: what is learned of a conversation; `all` also learns the prompts of plain text.
+        template: whose chat template; `auto` takes ours for Llama 4 and Mixtral 8x22B, known by
+            their control tokens, and else the tokenizer's.
 
     Attributes:
         stop_ids: the ids at which generation ends: end of text, end of turn, and those given.
         end_of_turn_id: the token that the chat template puts after an assistant turn, or None.
+        template_name: the template in use: `llama4`, `mixtral`, `tokenizer`, or None.
 
     Raises:
-        DataError: the chat template can't be compiled.
+        DataError: the chat template can't be compiled, or isn't for this tokenizer.
     """
 
-    def __init__(self, tokenizer: Any, *, stop_ids: Iterable[int] = ()):
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        stop_ids: Iterable[int] = (),
+        mask: Mask = "assistant",
+        template: TemplateName = "auto",
+    ):
         self.tokenizer = tokenizer
+        self.mask: Mask = mask
         self._encoder = PieceEncoder(tokenizer)
         self._bos: int | None = tokenizer.bos_token_id
         self._eos: int | None = tokenizer.eos_token_id
         self._adds_bos = self._bos is not None and self._bos in tokenizer.encode("a")[:1]
-        source = tokenizer.get_chat_template() if tokenizer.chat_template else None
-        self._template = (
-            ForeignTemplate(source, dict(tokenizer.special_tokens_map)) if source else None
-        )
-        self.end_of_turn_id = self._find_end_of_turn()
-        found = {self._eos, self.end_of_turn_id, *stop_ids} - {None}
+        self._template: ChatTemplate | None = None
+        found = {self._eos, *stop_ids}
+        own = self._own_template(template)
+        if own is not None:
+            self._template = own
+            self.end_of_turn_id: int | None = own.stop_ids[-1]
+            found |= {*own.stop_ids}
+        else:
+            foreign = self._foreign_template()
+            self._template = foreign
+            self.end_of_turn_id = self._find_end_of_turn(foreign) if foreign else None
+            found.add(self.end_of_turn_id)
+        self.template_name: str | None = self._template.name if self._template else None
         self.stop_ids: frozenset[int] = frozenset(int(i) for i in found if i is not None)
 
     # -- training ---------------------------------------------------------------------------------
 
     def render(self, example: Example, *, row: int = 0) -> list[Sample]:
-        """The samples of one example.
+        """The samples of one example: one, but none of an answer that somebody disliked, and
+        several where Mixtral's template needs them.
 
         Raises:
             DataError: the example can't be rendered with this template.
@@ -98,7 +142,7 @@ class Renderer:
         (result,) = self.render_many([example])
         if isinstance(result, RowError):
             raise DataError(f"Row {row + 1} {result.message}.")
-        return [Sample(s.input_ids, s.loss_mask, row) for s in result]
+        return [replace(sample, row=row) for sample in result]
 
     def render_many(self, examples: Iterable[Example]) -> Iterator[list[Sample] | RowError]:
         """For each example its samples, or why it has none. `Sample.row` counts the examples."""
@@ -109,49 +153,95 @@ class Renderer:
             row += len(chunk)
 
     def _render_chunk(self, chunk: list[Example], row: int) -> Iterator[list[Sample] | RowError]:
-        drafts: list[_Draft | RowError] = []
+        drafts: list[list[_Draft] | RowError] = []
         for example in chunk:
             try:
-                drafts.append(self._draft(example))
+                drafts.append(self._drafts(example))
             except RowError as error:
                 drafts.append(error)
-        encoded = self._encode([draft for draft in drafts if isinstance(draft, _Draft)])
-        for offset, draft in enumerate(drafts):
-            if isinstance(draft, RowError):
-                yield draft
+        encoded = self._encoder.encode(
+            [draft.pieces for group in drafts if not isinstance(group, RowError) for draft in group]
+        )
+        for offset, group in enumerate(drafts):
+            if isinstance(group, RowError):
+                yield group
                 continue
+            ids = [next(encoded) for _ in group]
             try:
-                yield [self._assemble(draft, next(encoded), row + offset)]
+                yield [
+                    self._assemble(draft, pieces, row + offset)
+                    for draft, pieces in zip(group, ids, strict=True)
+                ]
             except RowError as error:
                 yield error
 
-    def _draft(self, example: Example) -> _Draft:
-        if isinstance(example, Text):
-            return _Draft([example.text], [True], is_text=True)
-        pieces: list[str] = []
-        learned: list[bool] = []
-        for text, message in self._require_template().cut(example):
-            pieces.append(text)
-            learned.append(message is not None and message.train is not False)
-        return _Draft(pieces, learned)
+    def _drafts(self, example: Example) -> list[_Draft]:
+        match example:
+            case Preference(prompt, chosen, _, tools):
+                shown: Example = _answered(prompt, chosen, tools)
+            case Feedback(prompt, completion, label, tools):
+                if not label:
+                    return []
+                shown = _answered(prompt, completion, tools)
+            case _:
+                shown = example
+        match shown:
+            case Conversation():
+                samples = self._require_template().samples(shown, self.mask)
+                drafts = [_Draft(pieces) for pieces in samples]
+            case Segments():
+                drafts = [self._segments(shown)]
+            case Tokens():
+                drafts = [self._tokens(shown)]
+            case Text(text):
+                drafts = [_Draft([Piece(text, learn="all")], end="learn")]
+        return drafts
 
-    def _encode(self, drafts: list[_Draft]) -> Iterator[list[list[int]]]:
-        """The ids of each draft's pieces."""
-        first = iter(self._encoder.start([draft.pieces[0] for draft in drafts]))
-        rest = iter(self._encoder.follow([piece for draft in drafts for piece in draft.pieces[1:]]))
-        for draft in drafts:
-            yield [next(first), *(next(rest) for _ in draft.pieces[1:])]
+    def _segments(self, example: Segments) -> _Draft:
+        everything = self.mask == "all"
+        pieces = [
+            Piece(segment.text, learn="all" if everything or segment.train else "no")
+            for segment in example.segments
+        ]
+        if not example.closed:
+            return _Draft(pieces)
+        return _Draft(pieces, end="learn" if pieces[-1].learn == "all" else "read")
+
+    def _tokens(self, example: Tokens) -> _Draft:
+        size = len(self.tokenizer)
+        outside = next((i for i in example.input_ids if not 0 <= i < size), None)
+        if outside is not None:
+            raise RowError(
+                "unknown-token", f"holds the token {outside}, but the vocabulary has {size} tokens"
+            )
+        everything = self.mask == "all"
+        pieces: list[Piece] = []
+        start = 0
+        flags = [everything or label != -100 for label in example.labels]
+        for t in range(1, len(flags) + 1):
+            if t == len(flags) or flags[t] != flags[start]:
+                ids = tuple(example.input_ids[start:t])
+                pieces.append(Piece(ids=ids, kind="ids", learn="all" if flags[start] else "no"))
+                start = t
+        return _Draft(pieces, begin=False)
 
     def _assemble(self, draft: _Draft, pieces: list[list[int]], row: int) -> Sample:
-        ids = self._with_bos(pieces[0])
-        mask = [draft.is_text] * len(ids)
-        if draft.is_text and self._eos is not None and ids[-1:] != [self._eos]:
-            ids = [*ids, self._eos]
-            mask.append(True)
-        for piece, learned in zip(pieces[1:], draft.learned[1:], strict=True):
-            end = self._learned_length(piece) if learned else 0
-            ids += piece
-            mask += [True] * end + [False] * (len(piece) - end)
+        ids: list[int] = []
+        mask: list[bool] = []
+        for piece, piece_ids in zip(draft.pieces, pieces, strict=True):
+            ids += piece_ids
+            learned = 0
+            if piece.learn == "all":
+                learned = len(piece_ids)
+            elif piece.learn == "turn":
+                learned = self._learned_length(piece_ids)
+            mask += [True] * learned + [False] * (len(piece_ids) - learned)
+        if draft.end != "no" and self._eos is not None and ids[-1:] != [self._eos]:
+            ids.append(self._eos)
+            mask.append(draft.end == "learn")
+        if draft.begin and self._needs_bos(ids):
+            ids.insert(0, self._bos or 0)
+            mask.insert(0, False)
         # What comes after the last learned token can't influence anything.
         length = max((t for t, flag in enumerate(mask) if flag), default=-1) + 1
         mask_T = np.array(mask[:length], dtype=np.bool_)
@@ -160,12 +250,12 @@ class Renderer:
             raise RowError("nothing-to-learn", "has no token to learn")
         return Sample(np.array(ids[:length], dtype=np.int32), mask_T, row)
 
-    def _with_bos(self, ids: list[int]) -> list[int]:
+    def _needs_bos(self, ids: list[int]) -> bool:
         if self._bos is None or not ids:
-            return list(ids)
+            return False
         if ids[:2] == [self._bos, self._bos]:
             raise RowError("double-bos", "starts with two beginning-of-text tokens")
-        return [self._bos, *ids] if self._adds_bos and ids[0] != self._bos else list(ids)
+        return self._adds_bos and ids[0] != self._bos
 
     def _learned_length(self, piece: list[int]) -> int:
         """How many tokens of an assistant's piece are learned: up to and with its end of turn."""
@@ -193,25 +283,72 @@ class Renderer:
             conversation = (
                 messages if isinstance(messages, Conversation) else parse_message_list(messages)
             )
-            pieces = [text for text, _ in self._require_template().cut(conversation, prompt=True)]
-            (ids,) = self._encode([_Draft(pieces, [False] * len(pieces))])
-            return [*self._with_bos(ids[0]), *(i for piece in ids[1:] for i in piece)]
+            pieces = self._require_template().prompt(conversation)
+            (encoded,) = self._encoder.encode([pieces])
+            ids = [i for piece in encoded for i in piece]
+            return [self._bos or 0, *ids] if self._needs_bos(ids) else ids
         except RowError as error:
             raise DataError(f"The conversation {error.message}.") from None
 
-    def _require_template(self) -> ForeignTemplate:
+    # -- templates --------------------------------------------------------------------------------
+
+    def _require_template(self) -> ChatTemplate:
         if self._template is None:
             raise RowError(
                 "no-template", "holds messages, but the model's tokenizer has no chat template"
             )
         return self._template
 
-    def _find_end_of_turn(self) -> int | None:
-        """The first special token that the template writes after an assistant's text."""
-        if self._template is None:
+    def _own_template(
+        self, wanted: TemplateName
+    ) -> llama4.Llama4Template | mixtral.MixtralTemplate | None:
+        for module, name in ((llama4, "llama4"), (mixtral, "mixtral")):
+            if wanted not in ("auto", name):
+                continue
+            ids = self._control_ids(module.CONTROL_TOKENS)
+            if ids is None and wanted == name:
+                raise DataError(
+                    f"The {name} template was asked for, but the tokenizer lacks its control "
+                    f"tokens ({', '.join(module.CONTROL_TOKENS)}).",
+                    hint="Use the model's own template: leave the choice to 'auto'.",
+                )
+            if ids is None:
+                continue
+            if name == "mixtral":
+                # Later Mistral formats have this token, and put the system prompt elsewhere.
+                if wanted == "auto" and self._control_ids(("[SYSTEM_PROMPT]",)):
+                    continue
+                return mixtral.MixtralTemplate(ids)
+            return llama4.Llama4Template(ids, lambda text: self._encoder.plain([text])[0])
+        return None
+
+    def _control_ids(self, tokens: Sequence[str]) -> dict[str, int] | None:
+        """The ids of special tokens, or None if the tokenizer lacks one of them."""
+        special = {
+            t.content: i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special
+        }
+        return {t: special[t] for t in tokens} if all(t in special for t in tokens) else None
+
+    def _foreign_template(self) -> ForeignTemplate | None:
+        if not self.tokenizer.chat_template:
             return None
-        tail = self._template.assistant_tail()
+        source = self.tokenizer.get_chat_template()
+        return ForeignTemplate(source, dict(self.tokenizer.special_tokens_map))
+
+    def _find_end_of_turn(self, template: ForeignTemplate) -> int | None:
+        """The first special token that the template writes after an assistant's text."""
+        tail = template.assistant_tail()
         special = {*self.tokenizer.all_special_ids}
         special |= {i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
         ids = self._encoder.follow([tail])[0] if tail else []
         return next((i for i in ids if i in special), None)
+
+
+def _answered(
+    prompt: list[Message] | str, answer: list[Message] | str, tools: list[dict[str, Any]]
+) -> Conversation | Segments:
+    """A prompt and an answer, of which only the answer is learned."""
+    if isinstance(prompt, str) or isinstance(answer, str):
+        return Segments([Segment(str(prompt), False), Segment(str(answer), True)])
+    given = [replace(m, train=False) if m.role == "assistant" else m for m in prompt]
+    return Conversation([*given, *answer], tools)

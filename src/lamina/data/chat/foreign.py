@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 from jinja2 import meta, nodes
@@ -13,6 +13,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from lamina.data.chat.pieces import Mask, Piece, learned_turns
 from lamina.data.messages import Conversation, Message, RowError
 from lamina.errors import DataError
 
@@ -33,6 +34,8 @@ class ForeignTemplate:
         DataError: the source isn't valid Jinja.
     """
 
+    name = "tokenizer"
+
     def __init__(self, source: str, special_tokens: dict[str, Any]):
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
@@ -52,26 +55,40 @@ class ForeignTemplate:
         self._takes_tools = "tools" in variables
         self._writes_tool_calls = "tool_calls" in source
 
-    def cut(
-        self, conversation: Conversation, *, prompt: bool = False
-    ) -> Iterator[tuple[str, Message | None]]:
-        """The rendered conversation in parts, from its beginning: in turn what comes before an
-        assistant turn (with None) and the turn itself (with its message).
+    def samples(self, conversation: Conversation, mask: Mask) -> list[list[Piece]]:
+        messages = conversation.messages
+        if mask == "all":
+            turns, cut = [True] * len(messages), [m.role == "assistant" for m in messages]
+        else:
+            turns = learned_turns(messages, mask)
+            # Only the last turn's rendering has to stand, if only that is learned.
+            cut = turns if mask == "last" else [m.role == "assistant" for m in messages]
+        pieces = []
+        for text, index in self._cut(conversation, cut, prompt=False):
+            learned: Literal["no", "turn"] = "turn" if index is not None and turns[index] else "no"
+            pieces.append(Piece(text, learn="all" if mask == "all" else learned))
+        return [pieces]
+
+    def prompt(self, conversation: Conversation) -> list[Piece]:
+        cut = [message.role == "assistant" for message in conversation.messages]
+        return [Piece(text) for text, _ in self._cut(conversation, cut, prompt=True)]
+
+    def _cut(
+        self, conversation: Conversation, cut: list[bool], *, prompt: bool
+    ) -> Iterator[tuple[str, int | None]]:
+        """The rendered conversation in parts, from its beginning: in turn what comes before a turn
+        that is to be cut out, and that turn with its index.
 
         Args:
-            prompt: end with the header of one more assistant turn, which is then the last part.
-
-        Raises:
-            RowError: the template can't render it, or not in a way that can be cut.
+            cut: which messages are to be cut out.
+            prompt: end with the header of one more assistant turn.
         """
         self._refuse_unwritable(conversation)
         messages = [_to_dict(message) for message in conversation.messages]
         tools = conversation.tools or None
         whole = self._render(messages, tools, prompt)
         done = 0
-        for index, message in enumerate(conversation.messages):
-            if message.role != "assistant":
-                continue
+        for index in (i for i, flag in enumerate(cut) if flag):
             header = self._render(messages[:index], tools, True)
             last = index + 1 == len(messages)
             turn = whole if last and not prompt else self._render(messages[: index + 1], tools)
@@ -83,9 +100,9 @@ class ForeignTemplate:
             ):
                 raise RowError("unstable-template", _why_unstable(index, header, turn, whole))
             yield whole[done : len(header)], None
-            yield whole[len(header) : len(turn)], message
+            yield whole[len(header) : len(turn)], index
             done = len(turn)
-        if prompt:
+        if done < len(whole):
             yield whole[done:], None
 
     def assistant_tail(self) -> str:

@@ -42,7 +42,7 @@ def aligned_buffer(nbytes: int) -> Tensor:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages: only slower
             memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes)
+    return torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
 
 
 class _Files:

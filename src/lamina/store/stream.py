@@ -15,7 +15,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self, cast
 
 import torch
@@ -236,7 +236,7 @@ class Stream:
         read_ahead: bool = True,
         throttle: float | None = None,
     ):
-        self.stats = StreamStats()
+        self._stats = StreamStats()
         self._ring = _Ring(ring_bytes)
         chosen = choose_cached(store, cache_bytes, cache_first)
         self.cached_bytes = sum(unit.nbytes for unit in chosen)
@@ -251,7 +251,7 @@ class Stream:
         self._counts: Counter[Unit] = Counter()  # of both
         self._wanted: _Slot | None = None  # what the consumer stands waiting for
         self._dropping = 0  # skipped units that are still being read
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # its lock is reentrant
         self._closed = False
         self._reader = Reader(
             store, threads=threads, direct=direct, verify=verify, throttle=throttle
@@ -300,9 +300,9 @@ class Stream:
                 raise
             finally:
                 self._wanted = None
-                self.stats.seconds_waited += time.monotonic() - started
-            self.stats.units_taken += 1
-            self.stats.bytes_from_cache += unit.nbytes if slot.from_cache else 0
+                self._stats.seconds_waited += time.monotonic() - started
+            self._stats.units_taken += 1
+            self._stats.bytes_from_cache += unit.nbytes if slot.from_cache else 0
             assert slot.buffer is not None
             return Loaded(self, slot, slot.buffer)
 
@@ -315,13 +315,18 @@ class Stream:
             for slot in [*pending, *ahead]:
                 self._drop(slot)
 
+    @property
+    def stats(self) -> StreamStats:
+        """What happened since the last `take_stats`."""
+        with self._changed:
+            return replace(self._stats, bytes_read=self._reader.bytes_read - self._bytes_before)
+
     def take_stats(self) -> StreamStats:
-        """The statistics since the last call, which starts them anew."""
+        """What happened since the last call; starts the counts anew."""
         with self._changed:
             stats = self.stats
-            read = self._reader.bytes_read
-            stats.bytes_read, self._bytes_before = read - self._bytes_before, read
-            self.stats = StreamStats(peak_ring_bytes=self._ring.used)
+            self._bytes_before += stats.bytes_read
+            self._stats = StreamStats(peak_ring_bytes=self._ring.used)
             return stats
 
     def close(self) -> None:
@@ -382,7 +387,7 @@ class Stream:
         if place is None:
             return False
         slot.buffer, slot.place = place
-        self.stats.peak_ring_bytes = max(self.stats.peak_ring_bytes, self._ring.used)
+        self._stats.peak_ring_bytes = max(self._stats.peak_ring_bytes, self._ring.used)
         slot.ticket = self._reader.submit(
             slot.unit, slot.buffer, lambda ticket: self._on_read(slot, ticket)
         )
@@ -397,7 +402,7 @@ class Stream:
     def _on_read(self, slot: _Slot, ticket: Ticket) -> None:
         with self._changed:
             slot.done, slot.error = True, ticket.error
-            self.stats.units_read += ticket.complete
+            self._stats.units_read += ticket.complete
             if slot.dropped:
                 self._dropping -= 1
                 self._free(slot)
@@ -412,9 +417,10 @@ class Stream:
                     self._read_cached(ticket.unit, cached)
                 return
             cached.full = ticket.complete
-            self.stats.units_read += ticket.complete
-            for slot in cached.waiting:
+            self._stats.units_read += ticket.complete
+            for i, slot in enumerate(cached.waiting):
                 slot.done, slot.error = True, ticket.error
+                slot.from_cache = i > 0  # one read serves them all
             cached.waiting.clear()
             self._changed.notify_all()
 

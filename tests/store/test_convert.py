@@ -1,0 +1,532 @@
+"""From a checkpoint to a store: exact, all mistakes at once, and safe against crashes."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import filecmp
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lamina.errors import CheckpointError, StoreError
+from lamina.store import convert, files
+from lamina.store.checkpoint import Checkpoint
+from lamina.store.codec import CODECS, decode, encode
+from lamina.store.layout import JOURNAL, MANIFEST, Store
+from lamina.store.reader import verify
+
+
+def same_folder(a: Path, b: Path) -> bool:
+    """Whether two folders hold the same files, byte for byte."""
+    found = [sorted(p.relative_to(x) for p in x.rglob("*") if p.is_file()) for x in (a, b)]
+    return found[0] == found[1] and all(
+        filecmp.cmp(a / name, b / name, shallow=False) for name in found[0]
+    )
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_store_holds_the_encoded_checkpoint(
+    make_sample: Callable[..., Any], tmp_path: Path, codec: str, stacked: bool, shards: int
+) -> None:
+    sample = make_sample(stacked, shards=shards)
+    store = sample.prepare(tmp_path / "store", codec)
+    assert store.model_type == "sample"
+    assert store.codec == codec
+    assert store.config == sample.config
+    assert [block.name for block in store.blocks] == [block.name for block in sample.blocks]
+    assert verify(store) == []
+    for block in store.blocks:
+        held = load_file(store.path / block.file)
+        for unit in block.units:
+            prefix = "" if unit.expert is None else f"experts.{unit.expert}."
+            for tensor in unit.tensors:
+                want = sample.expected(block.name, unit.expert, tensor.name)
+                assert tuple(want.shape) == tensor.shape
+                quantized = block.kind not in ("embed", "head") and want.dim() == 2
+                quantized &= tensor.name != "router"
+                assert tensor.codec == (codec if quantized else "bf16")
+                encoded = encode(want, tensor.codec)
+                name = f"{prefix}{tensor.name}.weight"
+                got = {suffix: held[name + suffix] for suffix in encoded}
+                assert all(torch.equal(got[suffix], encoded[suffix]) for suffix in encoded)
+                if tensor.codec == "bf16":
+                    assert torch.equal(
+                        decode(got, want.shape, "bf16", torch.bfloat16).view(torch.int16),
+                        want.view(torch.int16),
+                    )
+
+
+def test_units_are_aligned_and_padding_is_declared(
+    make_sample: Callable[..., Any], tmp_path: Path
+) -> None:
+    store = make_sample(True).prepare(tmp_path / "store")
+    for block in store.blocks:
+        assert block.header_bytes % 4096 == 0
+        end = block.header_bytes
+        for unit in block.units:
+            assert unit.offset == end
+            assert unit.nbytes % 4096 == 0
+            assert all(piece.start % 64 == 0 for t in unit.tensors for piece in t.pieces)
+            end += unit.nbytes
+        assert end == block.nbytes == (store.path / block.file).stat().st_size
+        with safe_open(store.path / block.file, "pt") as f:
+            paddings = [name for name in f.keys() if name.startswith("padding.")]  # noqa: SIM118
+            assert paddings
+            assert f.metadata()["block"] == block.name
+    assert store.total_bytes == sum(b.nbytes - b.header_bytes for b in store.blocks)
+
+
+def test_unused_tensors_and_small_files_go_along(
+    make_sample: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = make_sample(True, write=False)
+    vision = {
+        "vision_model.patch": torch.randn(7, 5),
+        "vision_model.scale": torch.arange(9, dtype=torch.uint8),
+        "vision_model.fp8": torch.randn(4, 3).to(torch.float8_e4m3fn),
+        "vision_model.empty": torch.empty(0, 4),
+        "vision_model.count": torch.tensor(3),
+    }
+    sample.tensors.update(vision)
+    sample.write()
+    kept = ("tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "LICENSE.txt")
+    left = ("modeling.py", "pytorch_model.bin", "other.safetensors", "notes.pt", "store.json")
+    for name in (*kept, *left):
+        (sample.path / name).write_text(name)
+    monkeypatch.setattr(convert, "_EXTRA_BYTES", 100)
+    store = sample.prepare(tmp_path / "store")
+    assert len(store.extra) == 3
+    found = {}
+    for extra in store.extra:
+        found.update(load_file(store.path / extra.file))
+    assert found.keys() == vision.keys()
+    assert all(
+        found[name].dtype == vision[name].dtype
+        and torch.equal(found[name].view(torch.uint8), vision[name].view(torch.uint8))
+        for name in vision
+        if vision[name].dim()
+    )
+    assert found["vision_model.count"] == 3
+    assert all((store.path / name).read_text() == name for name in kept)
+    assert (store.path / "config.json").exists()
+    there = {path.name for path in store.path.iterdir()}
+    assert there == {*kept, "config.json", MANIFEST, "blocks", *(e.file for e in store.extra)}
+    assert json.loads((store.path / MANIFEST).read_text())["model_type"] == "sample"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_other_dtypes_are_rounded_and_said_once(
+    make_sample: Callable[..., Any], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    sample = make_sample(write=False)
+    bf16 = {name: t.to(dtype).bfloat16() for name, t in sample.tensors.items()}
+    sample.tensors = {name: t.to(dtype) for name, t in sample.tensors.items()}
+    sample.write()
+    store = sample.prepare(tmp_path / "store")
+    assert len(store.notes) == 1
+    assert ("F16" if dtype == torch.float16 else "F32") in store.notes[0]
+    sample.tensors = bf16
+    sample.write()
+    other = sample.prepare(tmp_path / "other")
+    assert other.notes == ()
+    for mine, theirs in zip(store.units(), other.units(), strict=True):
+        assert mine.checksum == theirs.checksum
+
+
+def test_progress_counts_every_byte(make_sample: Callable[..., Any], tmp_path: Path) -> None:
+    seen: list[tuple[int, int, str]] = []
+    store = make_sample().prepare(tmp_path / "store", progress=lambda *a: seen.append(a))
+    total = sum(nbytes for _, nbytes in store.files())
+    assert [done for done, _, _ in seen] == sorted({done for done, _, _ in seen})
+    assert seen[-1][:2] == (total, total)
+    assert {what for _, _, what in seen} == {file for file, _ in store.files()}
+
+
+# What can't be converted
+
+
+def test_all_that_is_missing_or_does_not_fit_is_reported_before_anything_is_written(
+    make_sample: Callable[..., Any], tmp_path: Path
+) -> None:
+    sample = make_sample(write=False)
+    moe = "model.layers.1.moe"
+    del sample.tensors["model.layers.0.input_layernorm.weight"]
+    del sample.tensors[f"{moe}.experts.2.w1.weight"]
+    del sample.tensors[f"{moe}.experts.2.w3.weight"]
+    sample.tensors[f"{moe}.experts.0.w2.weight"] = torch.zeros(3, 4, dtype=torch.bfloat16)
+    sample.tensors["lm_head.weight"] = torch.zeros(11, 21, dtype=torch.int32)
+    sample.write()
+    with pytest.raises(CheckpointError) as caught:
+        sample.prepare(tmp_path / "store")
+    text = "\n".join(caught.value.problems)
+    assert len(caught.value.problems) == 4
+    assert "model.layers.0.input_layernorm.weight" in text
+    assert f"{moe}.experts.2.w1.weight, {moe}.experts.2.w3.weight" in text
+    assert "[3, 4] should make [21, 9]" in text
+    assert "I32" in text
+    assert not (tmp_path / "store").exists()
+
+
+def test_wrong_stacked_shapes_are_reported(make_sample: Callable[..., Any], tmp_path: Path) -> None:
+    sample = make_sample(True, write=False)
+    key = "language_model.model.layers.0.moe.experts."
+    sample.tensors[key + "gate_up_proj"] = torch.zeros(2, 21, 18, dtype=torch.bfloat16)
+    sample.tensors[key + "down_proj"] = torch.zeros(3, 21, 9, dtype=torch.bfloat16)
+    sample.write()
+    with pytest.raises(CheckpointError) as caught:
+        sample.prepare(tmp_path / "store")
+    text = "\n".join(caught.value.problems)
+    assert "no slice 2" in text
+    assert "[9, 21] (transposed) should make [21, 9]" in text
+    assert len(caught.value.problems) == 4
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(
+    ("stacked", "key", "named"),
+    [
+        (False, "model.layers.1.moe.experts.1.w3.weight", "experts.1.w3.weight"),
+        (True, "language_model.model.layers.1.moe.experts.down_proj", "down_proj[1]"),
+        (False, "model.embed.weight", "model.embed.weight"),
+    ],
+)
+def test_weights_that_are_not_finite_are_named(
+    make_sample: Callable[..., Any],
+    tmp_path: Path,
+    codec: str,
+    stacked: bool,
+    key: str,
+    named: str,
+) -> None:
+    sample = make_sample(stacked, write=False)
+    bad = sample.tensors[key]
+    (bad[1] if bad.dim() == 3 else bad)[2, 3] = float("nan")
+    sample.write()
+    with pytest.raises(CheckpointError, match="NaN or infinite") as caught:
+        sample.prepare(tmp_path / "store", codec)
+    assert named in caught.value.message
+    assert "w1" not in caught.value.message
+    assert not list((tmp_path / "store").rglob("*.tmp"))
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 5)
+
+
+BREAKS: list[tuple[str, Callable[[Path], Any], str]] = [
+    ("gone", shutil.rmtree, "doesn't exist"),
+    ("file", lambda p: (shutil.rmtree(p), p.write_text("x")), "is a file"),
+    ("empty", lambda p: [f.unlink() for f in p.iterdir()], "has neither"),
+    ("shard", lambda p: min(p.glob("*.safetensors")).unlink(), "model-00001-of-00002"),
+    ("truncated", lambda p: truncate(min(p.glob("*.safetensors"))), "is truncated"),
+    ("garbage", lambda p: min(p.glob("*.safetensors")).write_text("x" * 99), "isn't a safetensors"),
+    (
+        "header",
+        lambda p: min(p.glob("*.safetensors")).write_bytes(b"\2" + bytes(9)),
+        "damaged",
+    ),
+    ("index", lambda p: (p / "model.safetensors.index.json").write_text("{"), "can't be used"),
+    (
+        "outside",
+        lambda p: (p / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}'),
+        "outside",
+    ),
+]
+
+
+@pytest.mark.parametrize(("what", "damage", "message"), BREAKS, ids=[b[0] for b in BREAKS])
+def test_unusable_checkpoints_are_explained(
+    make_sample: Callable[..., Any],
+    tmp_path: Path,
+    what: str,
+    damage: Callable[[Path], Any],
+    message: str,
+) -> None:
+    sample = make_sample()
+    damage(sample.path)
+    with pytest.raises(CheckpointError) as caught:
+        sample.prepare(tmp_path / "store")
+    assert message in str(caught.value)
+    assert not (tmp_path / "store").exists()
+
+
+def test_pickled_weights_are_not_read(make_sample: Callable[..., Any], tmp_path: Path) -> None:
+    sample = make_sample(write=False)
+    sample.path.mkdir()
+    torch.save(sample.tensors, sample.path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pickled"):
+        sample.prepare(tmp_path / "store")
+
+
+def test_a_tensor_that_only_the_index_has_is_reported(
+    make_sample: Callable[..., Any], tmp_path: Path
+) -> None:
+    sample = make_sample()
+    index = sample.path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["vision.lost"] = next(iter(content["weight_map"].values()))
+    index.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"vision\.lost"):
+        sample.prepare(tmp_path / "store")
+
+
+# Where it can't be written
+
+
+def test_other_contents_are_never_touched(make_sample: Callable[..., Any], tmp_path: Path) -> None:
+    sample = make_sample()
+    out = tmp_path / "store"
+    with pytest.raises(StoreError, match="codec"):
+        sample.prepare(out, "int4")
+    out.mkdir()
+    (out / "thesis.txt").write_text("precious")
+    with pytest.raises(StoreError, match=r"holds thesis\.txt"):
+        sample.prepare(out)
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+    (tmp_path / "plain").write_text("x")
+    with pytest.raises(StoreError, match="couldn't be written"):
+        sample.prepare(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_store_of_something_else_is_refused(
+    make_sample: Callable[..., Any], tmp_path: Path, finished: bool
+) -> None:
+    sample = make_sample()
+    store = sample.prepare(tmp_path / "store")
+    if not finished:
+        unfinish(store.path)
+    before = sorted(path.name for path in store.path.iterdir())
+    with pytest.raises(StoreError) as caught:
+        sample.prepare(store.path, "int8")
+    assert "codec is 'nf4'; asked for is 'int8'" in str(caught.value)
+    sample.tensors["lm_head.weight"][0, 0] += 1
+    middle = list(sample.tensors)[len(sample.tensors) // 2]
+    sample.tensors[middle][:] = 1  # another fine-tune of the same shapes
+    sample.write(1)
+    with pytest.raises(StoreError, match="another checkpoint"):
+        sample.prepare(store.path)
+    assert sorted(path.name for path in store.path.iterdir()) == before
+
+
+def unfinish(root: Path, keep: int | None = None) -> None:
+    """Turns a store into an unfinished one with the journal of its first files."""
+    manifest = json.loads((root / MANIFEST).read_text())
+    known = {"format", "model_type", "codec", "config", "source"}
+    lines: list[Any] = [{key: manifest[key] for key in known}]
+    lines += [{"file": entry["file"], "entry": entry} for entry in manifest["blocks"][:keep]]
+    for entry in manifest["blocks"][len(lines) - 1 :]:
+        (root / entry["file"]).unlink()
+    (root / JOURNAL).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (root / MANIFEST).unlink()
+
+
+def test_two_preparations_of_one_folder_exclude_each_other(
+    make_sample: Callable[..., Any], tmp_path: Path
+) -> None:
+    sample = make_sample()
+    out = tmp_path / "store"
+    out.mkdir()
+    with (out / files.LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(StoreError, match="Another process"):
+            sample.prepare(out)
+    sample.prepare(out)  # a lock file whose owner is gone doesn't matter
+    assert not (out / files.LOCK).exists()
+
+
+# Crashes
+
+
+KILLED = """
+import os, pickle, signal, sys
+from pathlib import Path
+from lamina.models.spec import Block, Part, Plain
+from lamina.store.convert import prepare
+
+checkpoint, out, when = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+blocks = [
+    Block(f"layers.{i}", "mlp", i, (Plain("w", (64, 40), ((Part(f"w{i}"),),)),)) for i in range(4)
+]
+calls = 0
+def progress(done, total, what):
+    global calls
+    calls += 1
+    if calls == when:
+        os.kill(os.getpid(), signal.SIGKILL)
+prepare(checkpoint, out, model_type="m", config={"a": [1, {"b": None}]}, blocks=blocks,
+        codec="nf4", progress=progress)
+print(calls)
+"""
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    tensors = {f"w{i}": torch.randn(64, 40).bfloat16() for i in range(4)}
+    save_file({**tensors, "unused": torch.randn(1000)}, checkpoint / "model.safetensors")
+    (checkpoint / "config.json").write_text("{}")
+
+    def run(out: Path, when: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", KILLED, str(checkpoint), str(out), str(when)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+    whole = run(tmp_path / "whole", 0)
+    assert whole.returncode == 0, whole.stderr
+    out = tmp_path / "killed"
+    for when in (2, 5):  # in the first file; some files later
+        assert run(out, when).returncode == -signal.SIGKILL
+        assert not (out / MANIFEST).exists()
+        assert list(out.rglob("*.tmp"))
+        with pytest.raises(StoreError, match="isn't finished"):
+            Store.open(out)
+    done = sorted((out / "blocks").glob("*.safetensors"))
+    stamps = [path.stat().st_mtime_ns for path in done]
+    assert done
+    resumed = run(out, 0)
+    assert resumed.returncode == 0, resumed.stderr
+    assert [path.stat().st_mtime_ns for path in done] == stamps  # finished files were skipped
+    assert int(resumed.stdout) < int(whole.stdout)
+    assert same_folder(out, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("torn", [0, 1, 20])
+def test_a_journal_cut_off_anywhere_is_gone_on_with(
+    make_sample: Callable[..., Any], tmp_path: Path, torn: int
+) -> None:
+    sample = make_sample(True)
+    whole = sample.prepare(tmp_path / "whole")
+    store = sample.prepare(tmp_path / "store")
+    unfinish(store.path, keep=3)
+    journal = store.path / JOURNAL
+    os.truncate(journal, journal.stat().st_size - torn)
+    (store.path / "blocks" / "007.safetensors.tmp").write_text("left over")
+    made: list[str] = []
+    sample.prepare(store.path, progress=lambda _d, _t, what: made.append(what))
+    assert (whole.blocks[0].file in made) is False
+    assert (whole.blocks[2].file in made) is (torn > 1)  # one byte is the newline alone
+    assert same_folder(store.path, whole.path)
+
+
+def test_a_finished_store_is_returned_without_writing(
+    make_sample: Callable[..., Any], tmp_path: Path
+) -> None:
+    sample = make_sample()
+    first = sample.prepare(tmp_path / "store")
+    calls: list[object] = []
+    again = sample.prepare(tmp_path / "store", progress=lambda *a: calls.append(a))
+    assert calls == []
+    assert again.fingerprint == first.fingerprint
+
+
+def test_prepare_mends_what_is_gone_or_truncated(
+    make_sample: Callable[..., Any], tmp_path: Path
+) -> None:
+    sample = make_sample(write=False)
+    sample.tensors["vision"] = torch.randn(300)
+    sample.write()
+    whole = sample.prepare(tmp_path / "whole")
+    store = sample.prepare(tmp_path / "store")
+    (store.path / store.blocks[2].file).unlink()
+    os.truncate(store.path / store.blocks[3].file, 5000)
+    (store.path / store.extra[0].file).unlink()
+    (store.path / "config.json").unlink()
+    with pytest.raises(StoreError) as caught:
+        Store.open(store.path)
+    assert len(caught.value.problems) == 3
+    made: set[str] = set()
+    sample.prepare(store.path, progress=lambda _d, _t, what: made.add(what))
+    assert made == {store.blocks[2].file, store.blocks[3].file, store.extra[0].file}
+    assert same_folder(store.path, whole.path)
+
+
+def test_mending_from_other_weights_is_refused(
+    make_sample: Callable[..., Any], tmp_path: Path
+) -> None:
+    sample = make_sample(hidden=60, inter=30, shards=1)
+    store = sample.prepare(tmp_path / "store", "bf16")
+    source = sample.path / "model.safetensors"
+    middle = source.stat().st_size // 2
+    tensors = Checkpoint.open(sample.path).tensors
+    moe = [t for name, t in tensors.items() if name.startswith("model.layers.0.moe.experts")]
+    # The identity of a checkpoint samples the middle of its files: change something else.
+    changed = next(t for t in moe if not middle - 2 <= t.offset < middle + 4096)
+    with source.open("r+b") as f:
+        f.seek(changed.offset)
+        byte = f.read(1)
+        f.seek(changed.offset)
+        f.write(bytes([byte[0] ^ 1]))
+    file = store.path / store.block("layers.0.moe").file
+    file.unlink()
+    with pytest.raises(StoreError, match="came out differently"):
+        sample.prepare(store.path, "bf16")
+    assert not file.exists()
+
+
+# Full disks
+
+
+def test_too_little_space_is_said_before_anything_is_written(
+    make_sample: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = make_sample()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage._replace(free=9000))
+    with pytest.raises(StoreError, match="GB more") as caught:
+        sample.prepare(tmp_path / "store")
+    assert "Free" in str(caught.value.hint)
+    assert not (tmp_path / "store" / "blocks").exists()
+    monkeypatch.undo()
+    assert verify(sample.prepare(tmp_path / "store")) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting isn't allowed here")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_disk_that_fills_up_can_be_gone_on_with(
+    make_sample: Callable[..., Any], tmp_path: Path, small_disk: Path
+) -> None:
+    sample = make_sample(hidden=60, inter=30, layers=3)
+    whole = sample.prepare(tmp_path / "whole")
+    filler = small_disk / "filler"
+
+    def fill(done: int, total: int, what: str) -> None:
+        if done > total / 2 and not filler.exists():
+            with filler.open("wb", buffering=0) as f, contextlib.suppress(OSError):
+                while True:
+                    f.write(bytes(4096))
+
+    with pytest.raises(StoreError, match="No space left") as caught:
+        sample.prepare(small_disk / "store", progress=fill)
+    assert "again" in str(caught.value.hint)
+    assert not list(small_disk.rglob("*.tmp"))
+    assert re.search(r"\.safetensors", "".join(map(str, small_disk.rglob("*"))))
+    filler.unlink()
+    sample.prepare(small_disk / "store")
+    assert same_folder(small_disk / "store", whole.path)

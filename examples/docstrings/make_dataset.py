@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import json
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -60,7 +61,7 @@ MAX_SUMMARY = 80
 MAX_BODY = 200
 #: Rows of one module, so that no large module drowns the others.
 MAX_TRAIN_ROWS = 16
-MAX_HELD_OUT_ROWS = 6
+MAX_HELD_OUT_ROWS = 3
 
 
 @dataclass(frozen=True)
@@ -192,11 +193,11 @@ def _entry(module: str, kind: str, full: str, name: str, value: Any) -> Entry | 
         signature = f"{name}{inspect.signature(value)}"
     except Exception:  # a signature is evaluated code: some raise what nobody foresaw
         return None
-    paragraphs = inspect.cleandoc(inspect.getdoc(value) or "").split("\n\n")
-    first = " ".join(paragraphs[0].split())
+    lines = inspect.cleandoc(value.__doc__).splitlines()
+    first = _flat(itertools.takewhile(str.strip, lines))
     end = first.find(". ")
     summary = first if end < 0 else first[: end + 1]
-    body = _trimmed("\n\n".join(paragraphs))
+    body = _trimmed(lines, summary)
     text = signature + summary + body
     if (
         len(signature) > MAX_SIGNATURE
@@ -209,15 +210,19 @@ def _entry(module: str, kind: str, full: str, name: str, value: Any) -> Entry | 
     return Entry(module, kind, full, signature, summary, body)
 
 
-def _trimmed(text: str) -> str:
-    """Its first lines, up to `MAX_BODY` characters; the first paragraph always whole."""
-    lines = text.splitlines()
-    kept = text.split("\n\n", maxsplit=1)[0].splitlines()
-    for line in lines[len(kept) :]:
-        if len("\n".join([*kept, line])) > MAX_BODY:
+def _trimmed(lines: list[str], summary: str) -> str:
+    """The first lines: up to `MAX_BODY` characters, and as many as the summary takes."""
+    kept: list[str] = []
+    for line in lines:
+        if len("\n".join([*kept, line])) > MAX_BODY and summary in _flat(kept):
             break
         kept.append(line)
     return "\n".join(kept).strip()
+
+
+def _flat(lines: Iterable[str]) -> str:
+    """The words of the lines, in one line."""
+    return " ".join(" ".join(lines).split())
 
 
 def main() -> None:

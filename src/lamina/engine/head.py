@@ -41,8 +41,8 @@ def logprobs(
         own hidden state.
     """
     vocab_size = head_VH.shape[0]
-    # At its peak a chunk holds its logits in the compute type and twice in fp32.
-    bytes_a_token = vocab_size * (8 + head_VH.element_size())
+    # At its peak a chunk holds its logits in fp32 and twice in the compute type.
+    bytes_a_token = vocab_size * (4 + 2 * head_VH.element_size())
     chunk = max(1, chunk_bytes // bytes_a_token)
     logp_L = torch.empty(x_LH.shape[0], dtype=torch.float32, device=x_LH.device)
     dlogp_LH = torch.empty_like(x_LH) if gradient else None
@@ -53,15 +53,15 @@ def logprobs(
         with torch.set_grad_enabled(gradient):
             n_CH = norm(x_CH)
         with torch.no_grad():
-            scores_CV = (n_CH @ head_VH.T).float()
-            logp_CV = torch.log_softmax(scores_CV, dim=-1)
-            del scores_CV
+            logp_CV = torch.log_softmax(n_CH @ head_VH.T, dim=-1, dtype=torch.float32)
             logp_L[part] = logp_CV.gather(1, targets_C1).squeeze(1)
             if dlogp_LH is None:
                 continue
-            dscores_CV = logp_CV.exp_().neg_()
-            dscores_CV.scatter_add_(1, targets_C1, torch.ones_like(targets_C1, dtype=torch.float32))
-            dn_CH = dscores_CV.to(head_VH.dtype) @ head_VH
+            # p - 1 at the target, subtracted before rounding: near certainty it is tiny.
+            error_CV = logp_CV.exp_()
+            rows_C = torch.arange(error_CV.shape[0], device=error_CV.device)
+            error_CV[rows_C, targets_L[part]] -= 1.0
+            dn_CH = (error_CV.to(head_VH.dtype) @ head_VH).neg_()
         (dx_CH,) = torch.autograd.grad([n_CH], [x_CH], [dn_CH])
         dlogp_LH[part] = dx_CH
     return logp_L, dlogp_LH

@@ -15,6 +15,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -312,9 +313,7 @@ class _Interrupts:
 
     def __init__(self) -> None:
         self._asked = False
-        self._before: signal.Handlers | Callable[[int, FrameType | None], object] | int | None = (
-            None
-        )
+        self._before: Any = None
 
     def __enter__(self) -> _Interrupts:
         if threading.current_thread() is threading.main_thread():

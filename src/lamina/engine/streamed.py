@@ -124,9 +124,8 @@ class StreamedSource:
             if key not in buffers:
                 buffers[key] = torch.empty(tensor.shape, dtype=self._dtype)
             out[tensor.name] = buffers[key]
-        return {
-            name: t.to(self._device) for name, t in loaded.tensors(self._dtype, out=out).items()
-        }
+        tensors = loaded.tensors(self._dtype, out=out)
+        return {name: tensor.to(self._device) for name, tensor in tensors.items()}
 
 
 def _expert(tensors: Mapping[str, Tensor]) -> ExpertWeights:

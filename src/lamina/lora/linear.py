@@ -65,7 +65,7 @@ def lora_linear(x_TI: Tensor, w_OI: Tensor, pair: Pair | None, *, skip_output: b
     if not torch.is_grad_enabled():
         return _forward(x_TI, w_OI, pair)
     tensors = (pair.a, pair.b) if pair is not None else (None, None)
-    output: Tensor = _LoraLinear.apply(x_TI, w_OI, *tensors, pair, skip_output)
+    output: Tensor = _LoraLinear.apply(x_TI, w_OI, *tensors, pair, skip_output)  # type: ignore[no-untyped-call]
     return output
 
 

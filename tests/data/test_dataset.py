@@ -46,9 +46,9 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ("{not json", "is not JSON: Expecting property name"),
     ("[" * 100_000, "nested too deeply"),
     (b'{"text": "\xff"}', "is not UTF-8"),
-    ("[1]", "is a JSON array, not an object"),
-    ({"prompt": 1}, "has neither 'messages' nor 'text' (it has 'prompt')"),
-    ({"messages": None}, "'messages' is a null, not an array"),
+    ("[1]", "is an array, not an object"),
+    ({"prompt": 1}, "has no columns that a known format has (it has 'prompt')"),
+    ({"messages": None}, "'messages' is null, not an array"),
     ({"messages": []}, "'messages' is empty"),
     ({"messages": [3]}, "messages[0] is a number, not an object"),
     ({"messages": [{"content": "x"}]}, "messages[0] has no 'role'"),
@@ -56,7 +56,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ({"messages": [{"role": 1, "content": "x"}]}, "messages[0].role is a number"),
     ({"messages": [{"role": "user"}]}, "messages[0].content is missing"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content is null"),
-    ({"messages": [{"role": "user", "content": {}}]}, "messages[0].content is a object"),
+    ({"messages": [{"role": "user", "content": {}}]}, "messages[0].content is an object"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
         "messages[0].content[0] has the type 'image_url'; only text is trained",
@@ -130,9 +130,9 @@ def test_missing_files_are_all_named(smol: Any, tmp_path: Path, write_rows: Any)
         load_dataset([tmp_path / "a", write_rows([GOOD]), tmp_path], smol)
     assert caught.value.problems == (
         f"{tmp_path / 'a'} does not exist.",
-        f"{tmp_path} is a folder, not a file.",
+        f"{tmp_path} is a folder, but not one that a dataset was saved in: name its files.",
     )
-    with pytest.raises(DataError, match="No data file"):
+    with pytest.raises(DataError, match="No data was given"):
         load_dataset([], smol)
     with pytest.raises(DataError, match="no row was found"):
         load_dataset(write_rows([""]), smol)

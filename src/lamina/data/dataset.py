@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lamina.data.formats import Problems, Row, read_examples, resolve_paths
+from lamina.data.containers import Source, find_sources
+from lamina.data.formats import Problems, Row, read_examples
 from lamina.data.messages import Example, RowError
 from lamina.data.template import Renderer, Sample
 from lamina.errors import DataError
@@ -93,8 +94,8 @@ class Dataset:
 class Places:
     """Where rows come from, eight bytes a row."""
 
-    def __init__(self, paths: Sequence[Path]):
-        self._paths = list(paths)
+    def __init__(self, sources: Sequence[Source]):
+        self._names = [source.name for source in sources]
         self._first_rows: list[int] = []
         self.lines = array("q")
 
@@ -105,7 +106,7 @@ class Places:
 
     def name(self, row: int) -> str:
         file = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-        return f"{self._paths[file]}:{self.lines[row]}"
+        return f"{self._names[file]}:{self.lines[row]}"
 
 
 def load_dataset(
@@ -129,9 +130,9 @@ def load_dataset(
         DataError: a file can't be read; any row is malformed (all such rows are reported at once);
             or nothing remains to train on.
     """
-    files = resolve_paths(paths)
-    loader = _Loader(files, renderer or Renderer(tokenizer), max_length)
-    source = read_examples(files)
+    sources = find_sources(paths)
+    loader = _Loader(sources, renderer or Renderer(tokenizer), max_length)
+    source = read_examples(sources)
     while rows := list(islice(source, 256)):
         loader.add(rows)
         if progress is not None:
@@ -140,9 +141,9 @@ def load_dataset(
 
 
 class _Loader:
-    def __init__(self, files: list[Path], renderer: Renderer, max_length: int | None):
-        self.places = Places(files)
-        self._files = files
+    def __init__(self, sources: list[Source], renderer: Renderer, max_length: int | None):
+        self.places = Places(sources)
+        self._sources = sources
         self._renderer = renderer
         self._max_length = max_length
         self._problems = Problems()
@@ -182,7 +183,7 @@ class _Loader:
         self._problems.add(self.places.name(row.index), error.message)
 
     def finish(self) -> Dataset:
-        names = ", ".join(str(path) for path in self._files)
+        names = ", ".join(source.name for source in self._sources)
         if self._problems.count:
             rows = len(self.places.lines)
             raise DataError(

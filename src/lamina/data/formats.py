@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from lamina.data.containers import read_rows
+from lamina.data.containers import Source, read_source
 from lamina.data.messages import Example, RowError
-from lamina.data.shapes import parse_row
-from lamina.errors import DataError
+from lamina.data.shapes import ShapeFinder
 
-__all__ = ["Problems", "Row", "read_examples", "resolve_paths"]
+__all__ = ["Problems", "Row", "read_examples"]
 
 #: How many mistakes a message lists before it only counts them.
 SHOWN = 10
@@ -52,40 +50,23 @@ class Problems:
         return [*self.shown, f"... and {more} more."] if more else list(self.shown)
 
 
-def resolve_paths(paths: Path | str | Iterable[Path | str]) -> list[Path]:
-    """The files to read.
+def read_examples(sources: Sequence[Source], finder: ShapeFinder | None = None) -> Iterator[Row]:
+    """The rows of all sources, in order. Never raises for a row: its mistake is in `Row.example`.
 
     Raises:
-        DataError: names every path that is missing or a folder.
-    """
-    given = [paths] if isinstance(paths, Path | str) else list(paths)
-    resolved = [Path(path) for path in given]
-    wrong = [f"{path} does not exist." for path in resolved if not path.exists()]
-    wrong += [f"{path} is a folder, not a file." for path in resolved if path.is_dir()]
-    if not resolved:
-        raise DataError("No data file was given.", hint="Name at least one JSON-lines file.")
-    if wrong:
-        raise DataError(
-            "The data can't be read.", problems=wrong, hint="Check the spelling of the paths."
-        )
-    return resolved
-
-
-def read_examples(paths: Sequence[Path]) -> Iterator[Row]:
-    """The rows of all files, in order. Never raises for a row: its mistake is in `Row.example`.
-
-    Raises:
-        DataError: a file can't be read.
+        DataError: a source can't be read.
     """
     index = 0
-    for file, path in enumerate(paths):
-        for raw in read_rows(path):
+    finder = finder or ShapeFinder()
+    for file, source in enumerate(sources):
+        for raw in read_source(source):
             example: Example | RowError
             if isinstance(raw.value, RowError):
                 example = raw.value
             else:
                 try:
-                    example = parse_row(raw.value)
+                    row = finder.renamed(raw.value)
+                    example = finder.find(row).read(row)
                 except RowError as error:
                     example = error
             yield Row(index, file, raw.line, example)

@@ -1,0 +1,104 @@
+"""Raw rows to the canonical form and back. A *shape* is a way to lay out an example in columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lamina.data.messages import RowError
+from lamina.data.shapes.alpaca import Alpaca, Table
+from lamina.data.shapes.base import Shape
+from lamina.data.shapes.openai import OpenAI, parse_message_list
+from lamina.data.shapes.plain import InputOutput, PromptCompletion, RawText, Tokenized
+from lamina.data.shapes.preference import KTO, OpenAIPreference, PreferencePairs, Ranking
+from lamina.data.shapes.sharegpt import ShareGPT
+from lamina.errors import DataError
+
+__all__ = ["SHAPES", "Shape", "ShapeFinder", "candidates", "parse_message_list", "shape_named"]
+
+#: All shapes, the more specific before the more general: the first that fits a row is taken.
+SHAPES: tuple[Shape, ...] = (
+    Tokenized(),
+    OpenAIPreference(),
+    Ranking(),
+    PreferencePairs(),
+    KTO(),
+    OpenAI(),
+    ShareGPT(),
+    InputOutput(),
+    Alpaca(),
+    PromptCompletion(),
+    Table(),
+    RawText(),
+)
+
+
+def shape_named(name: str) -> Shape:
+    """
+    Raises:
+        DataError: there is no such shape.
+    """
+    for shape in SHAPES:
+        if shape.name == name:
+            return shape
+    known = ", ".join(shape.name for shape in SHAPES)
+    raise DataError(f"There is no data format {name!r}.", hint=f"Known formats: {known}.")
+
+
+def candidates(row: dict[str, Any]) -> list[tuple[Shape, str]]:
+    """The shapes that a row could have, the best first, each with the reason."""
+    found = []
+    for shape in SHAPES:
+        reason = shape.fits(row)
+        if reason is not None:
+            found.append((shape, reason))
+    return found
+
+
+class ShapeFinder:
+    """Finds the shape of rows, looking at each combination of columns only once.
+
+    Args:
+        shape: the shape that all rows have, if that is known.
+        columns: what each column of a shape is called in the rows, e.g. `{"user": "question"}`.
+    """
+
+    def __init__(self, shape: Shape | None = None, columns: dict[str, str] | None = None):
+        self._shape = shape
+        self._columns = {source: target for target, source in (columns or {}).items()}
+        self._known: dict[tuple[str, ...], Shape] = {}
+
+    def renamed(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row with its columns called as shapes call them.
+
+        Raises:
+            RowError: a column that was mapped is missing.
+        """
+        if not self._columns:
+            return row
+        missing = [source for source in self._columns if source not in row]
+        if missing:
+            raise RowError("missing-column", f"has no column {missing[0]!r}, which was mapped")
+        return {self._columns.get(key, key): value for key, value in row.items()}
+
+    def find(self, row: dict[str, Any]) -> Shape:
+        """The shape of a row whose columns are called as shapes call them.
+
+        Raises:
+            RowError: it has none that is known.
+        """
+        if self._shape is not None:
+            return self._shape
+        key = tuple(row)
+        shape = self._known.get(key)
+        # Some columns hold one thing or another, so the shape must fit this row too.
+        if shape is None or shape.fits(row) is None:
+            shape = next((s for s in SHAPES if s.fits(row) is not None), None)
+            if shape is None:
+                raise _unknown(row)
+            self._known[key] = shape
+        return shape
+
+
+def _unknown(row: dict[str, Any]) -> RowError:
+    columns = ", ".join(repr(key) for key in list(row)[:6]) or "none"
+    return RowError("unknown-shape", f"has no columns that a known format has (it has {columns})")

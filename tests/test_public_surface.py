@@ -72,8 +72,8 @@ COMMANDS = {
         "--temperature",
         "--top-p",
         "-h",
-        "RUN",
         "PROMPT",
+        "RUN",
     ],
     "prepare": ["--codec", "--help", "--store", "-h", "MODEL"],
     "recipes": ["--help", "-h"],
@@ -90,8 +90,8 @@ COMMANDS = {
         "--json",
         "--out",
         "-h",
-        "RECIPE",
         "KEY=VALUE",
+        "RECIPE",
     ],
 }
 

@@ -90,6 +90,8 @@ def message_list(prompt: str, system: str | None) -> list[dict[str, str]]:
 def speed(generator: Generator) -> str:
     """What the answer cost, in a line."""
     stats = generator.stats
+    if not stats.tokens_per_second:  # one token is no measure of those that follow
+        return f"{size(stats.bytes_read)} read"
     return f"{stats.tokens_per_second:.1f} tokens/s, {size(stats.bytes_per_token)} read a token"
 
 

@@ -4,7 +4,6 @@ converted."""
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from lamina.errors import CheckpointError, StoreError
 from lamina.models import load_family
 from lamina.models.mini import MINI_NAMES, ensure_mini, mini_path
+from lamina.recipe.places import store_folder
 from lamina.recipe.schema import Recipe
 from lamina.store.convert import prepare as convert
 from lamina.store.layout import MANIFEST, Store
@@ -21,18 +21,6 @@ Progress = Callable[[int, int, str], None]
 
 #: What of a hub's repository a store needs.
 _PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "USE_POLICY*"]
-
-
-def lamina_home() -> Path:
-    """Where stores and small models live: `$LAMINA_HOME`, or `~/.cache/lamina`."""
-    home = os.environ.get("LAMINA_HOME")
-    return Path(home).expanduser() if home else Path.home() / ".cache" / "lamina"
-
-
-def default_store(model: str, codec: str) -> Path:
-    """The folder of a model's store where none is named."""
-    name = Path(model).expanduser().resolve().name if Path(model).is_dir() else model
-    return lamina_home() / "stores" / f"{name.replace('/', '--')}-{codec}"
 
 
 def prepare(
@@ -50,7 +38,7 @@ def prepare(
         CheckpointError: the checkpoint can't be found or converted.
         StoreError: the folder can't take the store, or holds another.
     """
-    out = store or default_store(model, codec)
+    out = store_folder(model, codec, store)
     checkpoint = _checkpoint(model, progress)
     config = _read_config(checkpoint)
     family = load_family(config)
@@ -72,8 +60,7 @@ def open_store(recipe: Recipe, progress: Progress | None = None) -> Store:
     Raises:
         StoreError: there is none yet, it is damaged, or it holds another model.
     """
-    path = Path(recipe.store) if recipe.store else default_store(recipe.model, recipe.codec)
-    path = path.expanduser()
+    path = store_folder(recipe.model, recipe.codec, recipe.store)
     if not (path / MANIFEST).exists():
         if recipe.model in MINI_NAMES:
             return prepare(recipe.model, codec=recipe.codec, store=path, progress=progress)

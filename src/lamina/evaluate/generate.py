@@ -140,7 +140,7 @@ class Generator:
                 writers[place].write(answers[place])
                 if len(answers[place]) < max_new_tokens:
                     going.append(row)
-            if len(going) < len(alive):
+            if 0 < len(going) < len(alive):
                 cache.keep(going)
             ids_T = torch.tensor([chosen[row] for row in going])
             alive = [alive[row] for row in going]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import filecmp
+import inspect
 import json
 import os
 import re
@@ -22,9 +23,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lamina.errors import CheckpointError, StoreError
+from lamina.models.spec import Block, Part, Plain
 from lamina.store import convert, files
 from lamina.store.checkpoint import Checkpoint
 from lamina.store.codec import CODECS, decode, encode
+from lamina.store.convert import prepare
 from lamina.store.layout import JOURNAL, MANIFEST, Store
 from lamina.store.reader import verify
 
@@ -130,10 +133,11 @@ def test_unused_tensors_and_small_files_go_along(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("stacked", [False, True])
 def test_other_dtypes_are_rounded_and_said_once(
-    make_sample: Callable[..., Any], tmp_path: Path, dtype: torch.dtype
+    make_sample: Callable[..., Any], tmp_path: Path, dtype: torch.dtype, stacked: bool
 ) -> None:
-    sample = make_sample(write=False)
+    sample = make_sample(stacked, write=False)
     bf16 = {name: t.to(dtype).bfloat16() for name, t in sample.tensors.items()}
     sample.tensors = {name: t.to(dtype) for name, t in sample.tensors.items()}
     sample.write()
@@ -285,6 +289,29 @@ def test_a_tensor_that_only_the_index_has_is_reported(
         sample.prepare(tmp_path / "store")
 
 
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_checkpoint_that_changes_under_way_is_an_error_and_can_be_gone_on_with(
+    make_sample: Callable[..., Any], tmp_path: Path, gone: bool
+) -> None:
+    sample = make_sample(shards=1)
+    whole = sample.prepare(tmp_path / "whole")
+    file = sample.path / "model.safetensors"
+    kept = file.read_bytes()
+
+    def damage(done: int, total: int, what: str) -> None:
+        if done > total / 2 and gone:
+            file.unlink(missing_ok=True)
+        elif done > total / 2:
+            os.truncate(file, 100)
+
+    with pytest.raises(CheckpointError, match="can't be read") as caught:
+        sample.prepare(tmp_path / "store", progress=damage)
+    assert str(file) in caught.value.message
+    file.write_bytes(kept)
+    sample.prepare(tmp_path / "store")
+    assert same_folder(tmp_path / "store", whole.path)
+
+
 # Where it can't be written
 
 
@@ -353,25 +380,33 @@ def test_two_preparations_of_one_folder_exclude_each_other(
 # Crashes
 
 
-KILLED = """
-import os, pickle, signal, sys
-from pathlib import Path
+def mlp_blocks() -> list[Block]:
+    return [
+        Block(f"layers.{i}", "mlp", i, (Plain("w", (64, 40), ((Part(f"w{i}"),),)),))
+        for i in range(4)
+    ]
+
+
+#: Starts a preparation for each number given, and kills it at that call of `progress`.
+KILLED = f"""
+import os, signal, sys
 from lamina.models.spec import Block, Part, Plain
 from lamina.store.convert import prepare
 
-checkpoint, out, when = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-blocks = [
-    Block(f"layers.{i}", "mlp", i, (Plain("w", (64, 40), ((Part(f"w{i}"),),)),)) for i in range(4)
-]
+{inspect.getsource(mlp_blocks)}
 calls = 0
 def progress(done, total, what):
     global calls
     calls += 1
     if calls == when:
         os.kill(os.getpid(), signal.SIGKILL)
-prepare(checkpoint, out, model_type="m", config={"a": [1, {"b": None}]}, blocks=blocks,
-        codec="nf4", progress=progress)
-print(calls)
+
+for when in map(int, sys.argv[3:]):
+    if (child := os.fork()) == 0:
+        prepare(sys.argv[1], sys.argv[2], model_type="m", config={{}}, blocks=mlp_blocks(),
+                codec="nf4", progress=progress)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
@@ -381,28 +416,37 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     tensors = {f"w{i}": torch.randn(64, 40).bfloat16() for i in range(4)}
     save_file({**tensors, "unused": torch.randn(1000)}, checkpoint / "model.safetensors")
     (checkpoint / "config.json").write_text("{}")
+    made: list[str] = []
 
-    def run(out: Path, when: int) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", KILLED, str(checkpoint), str(out), str(when)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    def run(out: Path) -> Store:
+        return prepare(
+            checkpoint,
+            out,
+            model_type="m",
+            config={},
+            blocks=mlp_blocks(),
+            codec="nf4",
+            progress=lambda _d, _t, what: made.append(what),
+        )
 
-    whole = run(tmp_path / "whole", 0)
-    assert whole.returncode == 0, whole.stderr
+    whole = run(tmp_path / "whole")
     out = tmp_path / "killed"
-    for when in (2, 5):  # in the first file; some files later
-        assert run(out, when).returncode == -signal.SIGKILL
-        assert not (out / MANIFEST).exists()
-        assert list(out.rglob("*.tmp"))
-        with pytest.raises(StoreError, match="isn't finished"):
-            Store.open(out)
-    done = sorted((out / "blocks").glob("*.safetensors"))
-    stamps = [path.stat().st_mtime_ns for path in done]
-    assert done
-    resumed = run(out, 0)
-    assert resumed.returncode == 0, resumed.stderr
-    assert [path.stat().st_mtime_ns for path in done] == stamps  # finished files were skipped
-    assert int(resumed.stdout) < int(whole.stdout)
-    assert same_folder(out, tmp_path / "whole")
+    # In the middle of the first file; then, going on, in the third.
+    command = [sys.executable, "-c", KILLED, str(checkpoint), str(out), "2", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == [str(-signal.SIGKILL)] * 2, done.stderr
+    assert not (out / MANIFEST).exists()
+    assert len(list(out.rglob("*.tmp"))) == 1
+    with pytest.raises(StoreError, match="isn't finished"):
+        Store.open(out)
+    finished = sorted((out / "blocks").glob("*.safetensors"))
+    stamps = [path.stat().st_mtime_ns for path in finished]
+    assert 0 < len(finished) < 4
+    made.clear()
+    run(out)
+    assert [path.stat().st_mtime_ns for path in finished] == stamps
+    assert set(made) == {file for file, _ in whole.files()} - {f"blocks/{p.name}" for p in finished}
+    assert same_folder(out, whole.path)
 
 
 @pytest.mark.parametrize("torn", [0, 1, 20])

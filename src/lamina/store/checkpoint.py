@@ -7,6 +7,7 @@ everything is asked for by file, so that files can come and go one at a time.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -115,8 +116,8 @@ class Checkpoint:
         return Checkpoint(path, tensors, identity.hexdigest())
 
     def rows(self, rows: Rows) -> Iterator[Tensor]:
-        """The rows in order, a chunk at a time, in the source's dtype and perhaps not contiguous.
-        A chunk is valid until the next is asked for."""
+        """The rows in order, a chunk at a time (transposed ones all at once), in the source's dtype
+        and perhaps not contiguous. A chunk is valid until the next is asked for."""
         tensor = rows.tensor
         shape = tensor.shape if rows.index is None else tensor.shape[1:]
         dtype = _DTYPES[tensor.dtype]
@@ -126,8 +127,8 @@ class Checkpoint:
         step = max(1, _CHUNK_ELEMENTS // max(1, columns))
         with _reading(tensor.file) as fd:
             if rows.transpose:
-                whole = self._read(fd, offset, slice_bytes).view(dtype).view(shape).t()
-                yield from whole.split(step)
+                # Whole: torch transposes a whole matrix 10 times as fast as a part of one.
+                yield self._read(fd, offset, slice_bytes).view(dtype).view(shape).t()
                 return
             for start in range(0, rows.shape[0], step):
                 count = min(step, rows.shape[0] - start)
@@ -152,10 +153,7 @@ class Checkpoint:
         while done < nbytes:
             n = os.preadv(fd, [view[done:]], offset + done)
             if n == 0:
-                raise CheckpointError(
-                    f"The checkpoint {self.path} changed while it was read: a file ended early.",
-                    hint="Download it again and run the same command.",
-                )
+                raise OSError(errno.EIO, "it ends early, so it has changed since it was opened")
             done += n
         os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
         return buffer
@@ -163,11 +161,19 @@ class Checkpoint:
 
 @contextmanager
 def _reading(file: Path) -> Iterator[int]:
-    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    """The open file. Raises CheckpointError for what goes wrong with it."""
+    fd = -1
     try:
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         yield fd
+    except OSError as error:
+        raise CheckpointError(
+            f"{file} can't be read: {error.strerror or error}.",
+            hint="Download it again and run the same command: it goes on from here.",
+        ) from error
     finally:
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
 
 
 # Finding what a model needs

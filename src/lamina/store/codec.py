@@ -243,14 +243,15 @@ def _nf4_encode(flat_N: Tensor) -> tuple[Tensor, Tensor]:
         bits = x.view(torch.int16).view(-1, NF4_BLOCK)
         magnitude = bits & 0x7FFF  # orders like the number it stands for
         largest = magnitude.amax(dim=1)
-        # The table holds for normal numbers: blocks of zeros or of near-denormals go the slow way.
-        if int(largest.amin()) < 16 << 7:
+        # The table holds for scales from 2**-111 on (and for blocks of zeros).
+        if bool(((largest > 0) & (largest < 16 << 7)).any()):
             codes[start // 2 : stop // 2], absmax_G[start // NF4_BLOCK : stop // NF4_BLOCK] = (
                 nf4_encode_reference(x)
             )
             continue
         absmax_G[start // NF4_BLOCK : stop // NF4_BLOCK] = largest.view(torch.bfloat16)
-        index = ((largest >> 7)[:, None] - (magnitude >> 7)).clamp_(max=15)
+        exponent = (largest >> 7).clamp_(min=16)
+        index = (exponent[:, None] - (magnitude >> 7)).clamp_(max=15)
         index = (index << 7).bitwise_or_(bits & 0x7F).bitwise_or_((bits >> 4) & 0x800)
         wide = index.int().add_(((largest & 0x7F).int() << 12)[:, None])
         pairs = table.index_select(0, wide.view(-1)).view(-1, 2)

@@ -284,7 +284,7 @@ def _matrix(source: Checkpoint, rows: Sequence[Rows], shape: tuple[int, ...]) ->
     at = 0
     for row in rows:
         for chunk in source.rows(row):
-            matrix[at : at + len(chunk)].copy_(chunk)
+            matrix[at : at + len(chunk)].copy_(chunk.to(torch.bfloat16))
             at += len(chunk)
     return matrix
 

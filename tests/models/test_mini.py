@@ -185,6 +185,21 @@ def test_ensure_builds_once_and_again_when_outdated(
 
 
 @pytest.mark.usefixtures("two_layers")
+def test_two_processes_at_once_end_with_one_folder(tmp_path: Path) -> None:
+    out = tmp_path / "m"
+
+    def overtake(done: int, total: int) -> None:
+        if done == total and not out.exists():
+            build_mini("mini-maverick", out)
+
+    build_mini("mini-maverick", out, progress=overtake)
+    before = out.stat().st_ino
+    build_mini("mini-maverick", out)
+    assert out.stat().st_ino == before
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.usefixtures("two_layers")
 def test_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
     def interrupt(done: int, total: int) -> None:
         if done > total // 2:

@@ -93,17 +93,13 @@ def ensure_mini(name: str, *, progress: Progress | None = None) -> Path:
         CheckpointError: no such model, its parent can't be found, or the folder can't be written.
     """
     folder = mini_path(name)
-    try:
-        current = json.loads((folder / _MARK).read_text()) == _mark(name)
-    except (OSError, ValueError):
-        current = False
-    return folder if current else build_mini(name, folder, progress=progress)
+    return folder if _is_current(name, folder) else build_mini(name, folder, progress=progress)
 
 
 def build_mini(name: str, out: Path, *, progress: Progress | None = None) -> Path:
     """Write a small model as a transformers checkpoint into the folder `out`.
 
-    The folder appears when it is complete. One that an earlier build left there is replaced;
+    The folder appears when it is complete. One that an earlier version built there is replaced;
     anything else is not touched.
 
     Args:
@@ -132,7 +128,7 @@ def build_mini(name: str, out: Path, *, progress: Progress | None = None) -> Pat
         try:
             work.chmod(0o755)
             _write(name, mini, parent, work, progress)
-            _move_into_place(work, out)
+            _move_into_place(name, work, out)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
@@ -155,6 +151,14 @@ def _mark(name: str) -> dict[str, Any]:
     return {"name": name, "version": _VERSION, "parent": PARENT}
 
 
+def _is_current(name: str, folder: Path) -> bool:
+    """Whether the folder is what `build_mini` would write."""
+    try:
+        return bool(json.loads((folder / _MARK).read_text()) == _mark(name))
+    except (OSError, ValueError):
+        return False
+
+
 def _remove_leftovers(out: Path) -> None:
     """What builds left that were killed; a younger one may still be at work."""
     for folder in out.parent.glob(f".{out.name}-*.partial"):
@@ -162,15 +166,18 @@ def _remove_leftovers(out: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _move_into_place(work: Path, out: Path) -> None:
-    """Rename; where two processes build at once the last one wins, and both have the same bytes."""
-    if (out / _MARK).is_file():
-        old = work.with_suffix(".old.partial")
-        out.rename(old)
-        work.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        work.rename(out)
+def _move_into_place(name: str, work: Path, out: Path) -> None:
+    """Rename, unless another process was faster: its folder has the same bytes, and may be in use
+    by now."""
+    try:
+        if (out / _MARK).is_file() and not _is_current(name, out):
+            out.rename(work.with_suffix(".old.partial"))
+            shutil.rmtree(work.with_suffix(".old.partial"))
+        if not _is_current(name, out):
+            work.rename(out)
+    except OSError:
+        if not _is_current(name, out):
+            raise
 
 
 # ----------------------------------------------------------------------------------------------

@@ -83,10 +83,13 @@ def _check_same(recipe: Recipe, store: Store) -> None:
     )
     if (folder / "config.json").is_file():
         theirs = _read_config(folder)
+        keys = sorted(theirs.keys() | store.config.keys())
+        if theirs.get("model_type") != store.config.get("model_type"):
+            keys = ["model_type"]  # the rest follows from that
         problems += [
             f"it holds a model with {key} {_short(store.config.get(key))}; "
             f"{recipe.model} has {_short(theirs.get(key))}"
-            for key in sorted(theirs.keys() | store.config.keys())
+            for key in keys
             if key not in ("transformers_version", "dtype", "torch_dtype", "_name_or_path")
             and theirs.get(key) != store.config.get(key)
         ]

@@ -23,6 +23,7 @@ from lamina.data.messages import RowError
 from lamina.errors import DataError
 
 __all__ = [
+    "SUFFIXES",
     "Compression",
     "Container",
     "RawRow",
@@ -43,7 +44,7 @@ TextRows = Literal["document", "paragraph", "line"]
 #: Columns that hold lists in one row: an object that has such a list is a row, and not columns.
 _LIST_COLUMNS = ("messages", "conversations", "input_ids", "labels", "chosen", "rejected", "prompt")
 
-_SUFFIXES: dict[str, Container] = {
+SUFFIXES: dict[str, Container] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".jsonlines": "jsonl",
@@ -68,11 +69,13 @@ class RawRow:
         line: the line it begins on, from 1; in a columnar file, the number of the row.
         value: its fields, or the reason why it can't be read.
         notes: codes of what is odd about it without making it unusable.
+        raw: the bytes of a line that can't be read.
     """
 
     line: int
     value: dict[str, Any] | RowError
     notes: tuple[str, ...] = ()
+    raw: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ def _examine(path: Path) -> Source:
     elif magic.startswith(b"\x28\xb5\x2f\xfd"):
         compression = "zstd"
     names = path.name.lower().removesuffix(".gz").removesuffix(".zst").removesuffix(".zstd")
-    named = _SUFFIXES.get(Path(names).suffix)
+    named = SUFFIXES.get(Path(names).suffix)
     try:
         with open_bytes(Source(path, "text", compression)) as file:
             head = file.read(1 << 16)
@@ -254,12 +257,12 @@ def parse_lines(lines: Iterable[bytes], first: int = 1) -> Iterator[RawRow]:
         try:
             value = parser.line(line)
         except RowError as error:
-            yield RawRow(number, error)
+            yield RawRow(number, error, raw=line)
             continue
         if isinstance(value, dict):
             yield RawRow(number, value, () if parser.constant is None else ("nan",))
         else:
-            yield RawRow(number, _not_an_object(value))
+            yield RawRow(number, _not_an_object(value), raw=line)
 
 
 def _not_an_object(value: object) -> RowError:

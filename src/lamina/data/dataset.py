@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lamina.data.containers import Source, find_sources
-from lamina.data.formats import Problems, Row, read_examples
+from lamina.data.containers import Source
+from lamina.data.formats import Input, Problems, Row
 from lamina.data.messages import Example, RowError
 from lamina.data.template import Renderer, Sample
 from lamina.errors import DataError
@@ -102,7 +102,7 @@ class Places:
     def add(self, row: Row) -> None:
         while len(self._first_rows) <= row.file:
             self._first_rows.append(row.index)
-        self.lines.append(row.line)
+        self.lines.append(row.raw.line)
 
     def name(self, row: int) -> str:
         file = int(np.searchsorted(self._first_rows, row, side="right")) - 1
@@ -110,7 +110,7 @@ class Places:
 
 
 def load_dataset(
-    paths: Path | str | Iterable[Path | str],
+    paths: Input | Path | str | Iterable[Path | str],
     tokenizer: Any,
     max_length: int | None = None,
     *,
@@ -120,7 +120,7 @@ def load_dataset(
     """Read and tokenize data files.
 
     Args:
-        paths: JSON-lines files with `messages` or `text` rows, mixed as they like.
+        paths: the data, or its files, in any format that is known.
         tokenizer: a transformers tokenizer.
         max_length: samples with more tokens are dropped, and named in `Dataset.dropped`.
         renderer: the renderer to use, if there is one already for this tokenizer.
@@ -130,9 +130,9 @@ def load_dataset(
         DataError: a file can't be read; any row is malformed (all such rows are reported at once);
             or nothing remains to train on.
     """
-    sources = find_sources(paths)
-    loader = _Loader(sources, renderer or Renderer(tokenizer), max_length)
-    source = read_examples(sources)
+    data = paths if isinstance(paths, Input) else Input(paths)
+    loader = _Loader(data.sources, renderer or Renderer(tokenizer), max_length)
+    source = data.rows()
     while rows := list(islice(source, 256)):
         loader.add(rows)
         if progress is not None:
@@ -189,8 +189,8 @@ class _Loader:
             raise DataError(
                 f"{self._problems.count} of {rows} rows of {names} can't be trained on.",
                 problems=self._problems.listed(),
-                hint="Each line must be a JSON object with 'messages' (role and content, at least "
-                "one assistant turn) or 'text'.",
+                hint="Mend these rows or take them out. A chat row has 'messages', each with "
+                "'role' and 'content', and at least one answer of the assistant.",
             )
         if not self._rows:
             if not self._dropped:

@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from lamina.data.containers import Source, read_source
+from lamina.data.containers import RawRow, TextRows, find_sources, read_source
 from lamina.data.messages import Example, RowError
-from lamina.data.shapes import ShapeFinder
+from lamina.data.shapes import Shape, ShapeFinder, shape_named
+from lamina.errors import DataError
 
-__all__ = ["Problems", "Row", "read_examples"]
+__all__ = ["Input", "Problems", "Row"]
 
 #: How many mistakes a message lists before it only counts them.
 SHOWN = 10
+
+#: What columns can be mapped to: those that some shape gives a meaning.
+_MAPPABLE = [
+    "messages",
+    "conversations",
+    "user",
+    "assistant",
+    "system",
+    "prompt",
+    "completion",
+    "text",
+    "instruction",
+    "input",
+    "output",
+    "history",
+    "chosen",
+    "rejected",
+    "label",
+    "tools",
+    "segments",
+    "input_ids",
+    "labels",
+]
 
 
 @dataclass(slots=True)
@@ -20,15 +46,17 @@ class Row:
     """A row of a dataset.
 
     Args:
-        index: its number among the rows of all files, from 0.
-        file: which file, as an index into the paths that were read.
-        line: its line in that file, from 1.
+        index: its number among the rows of all sources, from 0.
+        file: which source, as an index into `Input.sources`.
+        raw: the row as it stands there.
+        shape: how its columns were understood, or None.
         example: what it holds, or the reason why it can't be used.
     """
 
     index: int
     file: int
-    line: int
+    raw: RawRow
+    shape: Shape | None
     example: Example | RowError
 
 
@@ -50,24 +78,83 @@ class Problems:
         return [*self.shown, f"... and {more} more."] if more else list(self.shown)
 
 
-def read_examples(sources: Sequence[Source], finder: ShapeFinder | None = None) -> Iterator[Row]:
-    """The rows of all sources, in order. Never raises for a row: its mistake is in `Row.example`.
+class Input:
+    """Data files, and how to understand them.
+
+    Args:
+        paths: files, glob patterns, saved datasets or names of hub datasets.
+        shape: the name of the shape of all rows; found row by row if None.
+        columns: what a column of a shape is called in these files, e.g. `{"user": "question"}`.
+        text_rows: what a row of a plain text file is.
 
     Raises:
-        DataError: a source can't be read.
+        DataError: a path stands for nothing, or the shape or a column isn't known.
     """
-    index = 0
-    finder = finder or ShapeFinder()
-    for file, source in enumerate(sources):
-        for raw in read_source(source):
-            example: Example | RowError
+
+    def __init__(
+        self,
+        paths: Path | str | Iterable[Path | str],
+        *,
+        shape: str | None = None,
+        columns: Mapping[str, str] | None = None,
+        text_rows: TextRows = "document",
+    ):
+        self.sources = find_sources(paths)
+        self.shape = None if shape is None else shape_named(shape)
+        self.columns = dict(columns or {})
+        self.text_rows: TextRows = text_rows
+        unknown = [column for column in self.columns if column not in _MAPPABLE]
+        if unknown:
+            raise DataError(
+                f"Nothing can be mapped to {', '.join(map(repr, unknown))}.",
+                hint=f"Known columns: {', '.join(_MAPPABLE)}.",
+            )
+
+    @property
+    def name(self) -> str:
+        """The sources, for messages."""
+        return ", ".join(source.name for source in self.sources)
+
+    def raw_rows(self) -> Iterator[tuple[int, RawRow]]:
+        """The rows as they stand in the files, each with the index of its source.
+
+        Raises:
+            DataError: a source can't be read.
+        """
+        for file, source in enumerate(self.sources):
+            for raw in read_source(source, text_rows=self.text_rows):
+                yield file, raw
+
+    def rows(self) -> Iterator[Row]:
+        """The rows of all sources, in order. Never raises for a row: its mistake is in
+        `Row.example`.
+
+        Raises:
+            DataError: a source can't be read.
+        """
+        finder = ShapeFinder(self.shape, self.columns)
+        for index, (file, raw) in enumerate(self.raw_rows()):
             if isinstance(raw.value, RowError):
-                example = raw.value
-            else:
-                try:
-                    row = finder.renamed(raw.value)
-                    example = finder.find(row).read(row)
-                except RowError as error:
-                    example = error
-            yield Row(index, file, raw.line, example)
-            index += 1
+                yield Row(index, file, raw, None, raw.value)
+                continue
+            shape, example = understand(finder, raw.value)
+            yield Row(index, file, raw, shape, example)
+
+    def place(self, row: Row) -> str:
+        """Where a row stands, as `file:line`."""
+        return f"{self.sources[row.file].name}:{row.raw.line}"
+
+
+def understand(
+    finder: ShapeFinder, value: dict[str, Any]
+) -> tuple[Shape | None, Example | RowError]:
+    """The shape and the example of a raw row, or why it has none."""
+    shape: Shape | None = None
+    try:
+        row = finder.renamed(value)
+        shape = finder.find(row)
+        return shape, shape.read(row)
+    except RowError as error:
+        return shape, error
+    except RecursionError:
+        return shape, RowError("not-json", "is nested too deeply")

@@ -217,7 +217,12 @@ def dump_line(row: dict[str, Any]) -> bytes:
         RowError: it holds something that JSON can't.
     """
     try:
-        return json.dumps(row, ensure_ascii=False, default=_plain).encode() + b"\n"
+        text = json.dumps(row, ensure_ascii=False, default=_plain)
+        if not text.isascii():
+            # Some readers take these for the ends of lines.
+            for char, escape in (("\x85", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029")):
+                text = text.replace(char, escape)
+        return text.encode() + b"\n"
     except UnicodeEncodeError:
         raise RowError("encoding", "has half of a surrogate pair") from None
 

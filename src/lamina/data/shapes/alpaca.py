@@ -9,13 +9,13 @@ from lamina.data.messages import Conversation, Example, Message, RowError
 from lamina.data.shapes.base import (
     Shape,
     check_answers,
-    in_order,
     list_column,
     others,
     plain_conversation,
     string_column,
     system_column,
     uncarried,
+    with_extra,
 )
 
 __all__ = ["Alpaca", "Table", "instruction"]
@@ -54,7 +54,7 @@ class Alpaca(Shape):
             row["system"] = system
         if len(turns) > 1:
             row["history"] = [list(turn) for turn in turns[:-1]]
-        return in_order(row, example.extra)
+        return with_extra(self, row, example.extra)
 
 
 class Table(Shape):
@@ -80,7 +80,7 @@ class Table(Shape):
         if len(turns) > 1:
             raise uncarried("it has several turns")
         row: dict[str, Any] = {"user": turns[0][0], "assistant": turns[0][1]}
-        return in_order({"system": system, **row} if system else row, example.extra)
+        return with_extra(self, {"system": system, **row} if system else row, example.extra)
 
 
 def instruction(row: dict[str, Any]) -> str:

@@ -13,13 +13,13 @@ from lamina.data.messages import Conversation, Example, Message, RowError
 __all__ = [
     "Shape",
     "check_answers",
-    "in_order",
     "list_column",
     "others",
     "string_column",
     "system_column",
     "tools_column",
     "uncarried",
+    "with_extra",
 ]
 
 
@@ -141,16 +141,18 @@ def check_answers(messages: Sequence[Message], place: str = "messages") -> None:
         )
 
 
-def in_order(columns: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+def with_extra(shape: Shape, row: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     """A row: a shape's columns, then those it carries along.
 
     Raises:
-        RowError: one is both.
+        RowError: the shape would give one of these a meaning.
     """
-    twice = [key for key in extra if key in columns]
-    if twice:
-        raise uncarried(f"its further column '{twice[0]}' has a meaning in this format")
-    return {**columns, **extra}
+    if not extra:
+        return row
+    taken = [key for key in extra if key in shape.columns]
+    if taken:
+        raise uncarried(f"its further column {taken[0]!r} has a meaning in this format")
+    return {**row, **extra}
 
 
 def uncarried(what: str) -> RowError:

@@ -11,11 +11,11 @@ from lamina.data.messages import ROLES, Conversation, Example, Message, Role, Ro
 from lamina.data.shapes.base import (
     Shape,
     check_answers,
-    in_order,
     list_column,
     others,
     plain_conversation,
     tools_column,
+    with_extra,
 )
 
 __all__ = ["OpenAI", "parse_call", "parse_message_list", "parse_messages", "write_messages"]
@@ -57,7 +57,7 @@ class OpenAI(Shape):
         row: dict[str, Any] = {"messages": write_messages(conversation.messages)}
         if conversation.tools:
             row["tools"] = conversation.tools
-        return in_order(row, conversation.extra) if conversation.extra else row
+        return with_extra(self, row, conversation.extra)
 
 
 def _all_tools(row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -18,12 +18,12 @@ from lamina.data.messages import (
 from lamina.data.shapes.base import (
     Shape,
     check_answers,
-    in_order,
     list_column,
     others,
     string_column,
     tools_column,
     uncarried,
+    with_extra,
 )
 from lamina.data.shapes.openai import parse_messages, write_messages
 
@@ -56,14 +56,14 @@ class PromptCompletion(Shape):
 
     def write(self, example: Example) -> dict[str, Any]:
         if isinstance(example, Conversation):
-            return in_order(self._messages(example), example.extra)
+            return with_extra(self, self._messages(example), example.extra)
         if not isinstance(example, Segments):
             raise uncarried(f"it is {type(example).__name__.lower()}, not a prompt with an answer")
         parts = example.segments
         if [part.train for part in parts] != [False, True] or not example.closed:
             raise uncarried("it isn't one prompt with one completion")
         row = {"prompt": parts[0].text, "completion": parts[1].text}
-        return in_order(row, example.extra)
+        return with_extra(self, row, example.extra)
 
     def _messages(self, example: Conversation) -> dict[str, Any]:
         messages = example.messages
@@ -135,7 +135,7 @@ class InputOutput(Shape):
         if example.closed:
             raise uncarried("an end of text follows it, which depends on the model")
         parts = [{"label": part.train, "text": part.text} for part in example.segments]
-        return in_order({"segments": parts}, example.extra)
+        return with_extra(self, {"segments": parts}, example.extra)
 
 
 class RawText(Shape):
@@ -154,7 +154,7 @@ class RawText(Shape):
     def write(self, example: Example) -> dict[str, Any]:
         if not isinstance(example, Text):
             raise uncarried(f"it is {type(example).__name__.lower()}, not raw text")
-        return in_order({"text": example.text}, example.extra)
+        return with_extra(self, {"text": example.text}, example.extra)
 
 
 class Tokenized(Shape):
@@ -205,4 +205,4 @@ class Tokenized(Shape):
         if not isinstance(example, Tokens):
             raise uncarried("it isn't tokenized")
         row = {"input_ids": example.input_ids, "labels": example.labels}
-        return in_order(row, example.extra)
+        return with_extra(self, row, example.extra)

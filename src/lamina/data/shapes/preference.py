@@ -11,13 +11,13 @@ from lamina.data.shapes.alpaca import instruction
 from lamina.data.shapes.base import (
     Shape,
     check_answers,
-    in_order,
     list_column,
     others,
     string_column,
     system_column,
     tools_column,
     uncarried,
+    with_extra,
 )
 from lamina.data.shapes.openai import parse_messages, write_messages
 from lamina.data.shapes.sharegpt import parse_turns, write_turns
@@ -67,12 +67,14 @@ class PreferencePairs(Shape):
     def write(self, example: Example) -> dict[str, Any]:
         if not isinstance(example, Preference):
             raise uncarried("it has no two answers to choose from")
-        row = {
+        row: dict[str, Any] = {
             "prompt": _part(example.prompt),
             "chosen": _part(example.chosen),
             "rejected": _part(example.rejected),
         }
-        return in_order({**row, "tools": example.tools} if example.tools else row, example.extra)
+        if example.tools:
+            row["tools"] = example.tools
+        return with_extra(self, row, example.extra)
 
 
 class OpenAIPreference(Shape):
@@ -112,7 +114,7 @@ class OpenAIPreference(Shape):
             "preferred_output": _part(example.chosen),
             "non_preferred_output": _part(example.rejected),
         }
-        return in_order(row, example.extra)
+        return with_extra(self, row, example.extra)
 
 
 class Ranking(Shape):
@@ -164,7 +166,7 @@ class Ranking(Shape):
         for column, answer in (("chosen", example.chosen), ("rejected", example.rejected)):
             assert not isinstance(answer, str)
             (row[column],) = write_turns(answer)
-        return in_order(row, example.extra)
+        return with_extra(self, row, example.extra)
 
 
 class KTO(Shape):
@@ -201,7 +203,9 @@ class KTO(Shape):
             "completion": _part(example.completion),
             "label": example.label,
         }
-        return in_order({**row, "tools": example.tools} if example.tools else row, example.extra)
+        if example.tools:
+            row["tools"] = example.tools
+        return with_extra(self, row, example.extra)
 
 
 def _shared(one: str, other: str) -> int:

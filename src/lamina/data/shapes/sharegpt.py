@@ -11,13 +11,13 @@ from lamina.data.messages import Conversation, Example, Message, Role, RowError,
 from lamina.data.shapes.base import (
     Shape,
     check_answers,
-    in_order,
     list_column,
     others,
     plain_conversation,
     system_column,
     tools_column,
     uncarried,
+    with_extra,
 )
 from lamina.data.shapes.openai import parse_call, train_flag
 
@@ -84,7 +84,7 @@ class ShareGPT(Shape):
         row: dict[str, Any] = {"conversations": write_turns(conversation.messages)}
         if conversation.tools:
             row["tools"] = json.dumps(conversation.tools, ensure_ascii=False)
-        return in_order(row, conversation.extra)
+        return with_extra(self, row, conversation.extra)
 
 
 def _column(row: dict[str, Any]) -> str | None:

@@ -179,8 +179,8 @@ class _Text:
                 size *= 2
                 self._more(size)
                 continue
-            if end == len(self._text) and not self._done:
-                self._more()  # a number at the very end may go on
+            if not self._done and (end == len(self._text) or self._text[end] not in ",] \t\r\n"):
+                self._more()  # a number may go on in the next part
                 continue
             self.position = end
             if parser.duplicate is not None:

@@ -38,6 +38,7 @@ NAMES = [
     "TrainingError",
     "UsageError",
     "__version__",
+    "generate",
     "list_recipes",
     "load_recipe",
     "prepare",

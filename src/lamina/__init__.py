@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         TrainingError,
         UsageError,
     )
-    from lamina.evaluate.generate import Completion, Generator
+    from lamina.evaluate.generate import Completion, Generator, generate
     from lamina.evaluate.score import Score
     from lamina.evaluate.score import evaluate as score
     from lamina.recipe.load import list_recipes, load_recipe
@@ -57,6 +57,7 @@ __all__ = [
     "TrainingError",
     "UsageError",
     "__version__",
+    "generate",
     "list_recipes",
     "load_recipe",
     "prepare",
@@ -81,7 +82,7 @@ _HOMES = {
         "TrainingError",
         "UsageError",
     ),
-    "lamina.evaluate.generate": ("Completion", "Generator"),
+    "lamina.evaluate.generate": ("Completion", "Generator", "generate"),
     "lamina.evaluate.score": ("Score", "evaluate"),
     "lamina.recipe.load": ("list_recipes", "load_recipe"),
     "lamina.recipe.schema": ("Recipe",),

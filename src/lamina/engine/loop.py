@@ -136,7 +136,10 @@ def load_samples(model: Model, files: Sequence[str | Path]) -> Dataset:
         renderer=model.renderer,
     )
     if not dataset.num_loss_tokens:
-        raise DataError("the data has nothing to learn from", hint="see lamina data check")
+        raise DataError(
+            "the data has nothing to learn from",
+            hint="Chats need an assistant turn; a text needs at least two tokens.",
+        )
     return dataset
 
 
@@ -300,8 +303,8 @@ class _Trainer:
             raise TrainingError(
                 f"step {number + 1}: the loss is {result.loss} and the norm of the gradients "
                 f"{float(norm)}; the step held {shown}",
-                hint=f"the adapter of the steps before is in {self.folder.adapter}; lower "
-                "learning_rate, or look at these rows",
+                hint=f"The adapter of the steps before is in {self.folder.adapter}; lower "
+                "learning_rate, or look at these rows.",
             )
         clip_grads_with_norm_(self.parameters, self.recipe.max_grad_norm, norm)
         return float(norm)

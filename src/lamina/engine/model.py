@@ -75,7 +75,7 @@ def _tokenizer(store: Store) -> Any:
     except Exception as error:  # transformers and tokenizers raise errors of many types
         raise StoreError(
             f"the store in {store.path} has no tokenizer that transformers can load: {error}",
-            hint="put the model's tokenizer files into the checkpoint and prepare it again",
+            hint="Put the model's tokenizer files into the checkpoint and prepare it again.",
         ) from error
 
 

@@ -97,7 +97,7 @@ def _check_same(recipe: Recipe, store: Store) -> None:
         raise StoreError(
             f"the store in {store.path} isn't that of {recipe.model}",
             problems=problems[:8],
-            hint="give the store of this model (store=...), or prepare it into another folder",
+            hint="Give the store of this model (store=...), or prepare it into another folder.",
         )
 
 
@@ -115,8 +115,8 @@ def _checkpoint(model: str, progress: Progress | None) -> Path:
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise CheckpointError(
             f"{model}: there is no such folder, and it isn't the name of a model on the hub",
-            hint="give a folder with a checkpoint, a name like owner/model, or one of "
-            + ", ".join(MINI_NAMES),
+            hint="Give a folder with a checkpoint, a name like owner/model, or one of "
+            f"{', '.join(MINI_NAMES)}.",
         )
     return _download(model)
 
@@ -134,17 +134,17 @@ def _download(model: str) -> Path:
     except GatedRepoError as error:
         raise CheckpointError(
             f"{model} is gated: its owner gives it only to those who accept its licence",
-            hint="accept it on the model's page, then set HF_TOKEN or run hf auth login",
+            hint="Accept it on the model's page, then set HF_TOKEN or run hf auth login.",
         ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
             f"the hub has no model {model}, or you may not see it",
-            hint="check the name; for a private model set HF_TOKEN",
+            hint="Check the name; for a private model set HF_TOKEN.",
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{model} can't be downloaded: {error}",
-            hint="run the same command again: files that are there aren't downloaded twice",
+            hint="Run the same command again: files that are there aren't downloaded twice.",
         ) from error
 
 
@@ -155,8 +155,8 @@ def _read_config(checkpoint: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(
             f"{path} can't be read: {error.strerror}",
-            hint="a checkpoint is a folder with config.json and *.safetensors, as transformers "
-            "writes it",
+            hint="A checkpoint is a folder with config.json and *.safetensors, as transformers "
+            "writes it.",
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{path} isn't JSON: {error}") from error

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lamina import __version__
 from lamina.errors import LaminaError
 from lamina.recipe.load import load_recipe, save_recipe
 from lamina.recipe.schema import Recipe
@@ -59,10 +60,10 @@ class RunFolder:
             if any(self.path.iterdir()):
                 raise LaminaError(
                     f"{self.path} isn't empty, and nothing is written over a run",
-                    hint="give another --out, or remove the folder",
+                    hint="Give another --out, or remove the folder.",
                 )
             info = {
-                "lamina": version("lamina"),
+                "lamina": __version__,
                 "torch": version("torch"),
                 "transformers": version("transformers"),
                 "store_fingerprint": store.fingerprint,
@@ -82,7 +83,7 @@ class RunFolder:
         if not self.recipe_file.is_file():
             raise LaminaError(
                 f"{self.path} isn't the folder of a run: it has no recipe.yaml",
-                hint="lamina tune writes runs to the folder that --out names, or to runs/",
+                hint="lamina tune writes runs to the folder that --out names, or to runs/.",
             )
         return load_recipe(self.recipe_file)
 
@@ -98,7 +99,7 @@ class RunFolder:
         if fingerprint != store.fingerprint:
             raise LaminaError(
                 f"{store.path} holds other weights than those that {self.path} was tuned on",
-                hint="prepare the model again as the run's recipe.yaml says (model, codec)",
+                hint="Prepare the model again as the run's recipe.yaml says (model, codec).",
             )
 
 

@@ -167,6 +167,31 @@ class Generator:
         ]
 
 
+def generate(
+    run_or_model: str | Path,
+    conversations: Sequence[Sequence[dict[str, Any]]],
+    *,
+    adapter: bool = True,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[Completion]:
+    """Answer conversations once: a `Generator` that is opened and closed again.
+
+    Raises:
+        LaminaError: the model can't be opened, or a conversation can't be rendered.
+    """
+    with Generator(run_or_model, adapter=adapter) as generator:
+        return generator.generate(
+            conversations,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+
+
 class _Sampler:
     """Chooses tokens `[N]` from logits `[N, V]`."""
 

@@ -285,7 +285,7 @@ class Adapter:
             raise AdapterError(
                 f"the adapter in {folder} doesn't fit the model",
                 problems=shown,
-                hint="an adapter fits only the model it was tuned on",
+                hint="An adapter fits only the model it was tuned on.",
             )
         for block in self.family.blocks:
             adapter = self.blocks[block.name]
@@ -401,7 +401,7 @@ def check_targets(blocks: Sequence[Block], targets: Sequence[str]) -> None:
         raise RecipeError(
             "target_modules names what the model doesn't have",
             problems=problems,
-            hint=f"this model knows {', '.join(known)}",
+            hint=f"This model knows {', '.join(known)}.",
         )
 
 
@@ -418,7 +418,7 @@ def read_settings(folder: Path, family: Family) -> LoraSettings:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(
             f"{path} can't be read as the config of a LoRA adapter: {error!r}",
-            hint="an adapter folder holds adapter_config.json and adapter_model.safetensors",
+            hint="An adapter folder holds adapter_config.json and adapter_model.safetensors.",
         ) from error
     problems = []
     if config.get("peft_type", "LORA") != "LORA":

@@ -24,7 +24,7 @@ def family_class(model_type: str) -> type[Any]:
             return candidate
     known = ", ".join(name for family in FAMILIES for name in family.model_types)
     raise CheckpointError(
-        f"model_type {model_type!r} isn't one that Lamina tunes", hint=f"model types: {known}"
+        f"model_type {model_type!r} isn't one that Lamina tunes", hint=f"Model types: {known}."
     )
 
 

@@ -150,7 +150,7 @@ class RotaryEmbedding:
             raise CheckpointError(
                 f"config.json asks for rotary embeddings of type {rope_type!r}, "
                 "whose frequencies change with the sequence's length",
-                hint="types that work: default, linear, llama3, yarn",
+                hint="Types that work: default, linear, llama3, yarn.",
             )
 
     def angles(self, position_ids_T: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ def build_mini(name: str, out: Path, *, progress: Progress | None = None) -> Pat
     if out.exists() and not (out / _MARK).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(
             f"can't build {name} at {out}: something else is there",
-            hint="choose a folder that doesn't exist yet",
+            hint="Choose a folder that doesn't exist yet.",
         )
     parent = find_parent()
     try:
@@ -134,7 +134,7 @@ def build_mini(name: str, out: Path, *, progress: Progress | None = None) -> Pat
     except OSError as error:
         raise CheckpointError(
             f"can't write {name} to {out}: {error.strerror or error}",
-            hint="it needs 1.5 GB; LAMINA_HOME names another place",
+            hint="It needs 1.5 GB; LAMINA_HOME names another place.",
         ) from error
     return out
 
@@ -142,7 +142,7 @@ def build_mini(name: str, out: Path, *, progress: Progress | None = None) -> Pat
 def _mini(name: str) -> _Mini:
     if name not in _MINIS:
         raise CheckpointError(
-            f"there is no small model {name!r}", hint=f"there are {' and '.join(_MINIS)}"
+            f"there is no small model {name!r}", hint=f"There are {' and '.join(_MINIS)}."
         )
     return _MINIS[name]
 

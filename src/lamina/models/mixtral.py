@@ -47,7 +47,7 @@ class Mixtral:
             raise CheckpointError(
                 f"config.json sets sliding_window to {config.sliding_window}, and sliding-window "
                 "attention isn't built",
-                hint="Mixtral 8x7B and 8x22B as released have it set to null",
+                hint="Mixtral 8x7B and 8x22B as released have it set to null.",
             )
         if config.hidden_act != "silu":
             raise CheckpointError(

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lamina.errors import LaminaError
+from lamina.store.codec import import_bitsandbytes
 
 Optim = Literal["adamw_8bit", "adamw"]
 SchedulerType = Literal["cosine", "linear", "constant"]
@@ -36,14 +37,13 @@ def make_optimizer(
         return torch.optim.AdamW(
             parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay
         )
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
+    bitsandbytes = import_bitsandbytes()
+    if bitsandbytes is None:
         raise LaminaError(
-            f"optim=adamw_8bit needs bitsandbytes, which can't be imported: {error}",
-            hint="install bitsandbytes, or set optim=adamw for fp32 states",
-        ) from error
-    optimizer: Optimizer = AdamW8bit(
+            "optim=adamw_8bit needs bitsandbytes, which can't be imported",
+            hint="Install bitsandbytes, or set optim=adamw for fp32 states.",
+        )
+    optimizer: Optimizer = bitsandbytes.optim.AdamW8bit(
         parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay
     )
     return optimizer

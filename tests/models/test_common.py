@@ -39,7 +39,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], chunk: int | None
 
 
 @pytest.mark.parametrize("chunk", [None, 4, 100])
-@pytest.mark.parametrize("lengths", [[7], [5, 5, 5], [9, 1, 5, 9, 4, 8]])
+@pytest.mark.parametrize("lengths", [[7], [5, 5, 5], [9, 1, 5, 9, 4, 8], [150, 64, 150]])
 def test_ragged(lengths: list[int], chunk: int | None) -> None:
     q, k, v = qkv(sum(lengths))
     core = RaggedAttention(lengths, positions(lengths))

@@ -346,6 +346,48 @@ def test_memory_is_used_again(store: Store) -> None:
     assert len(places) == 2
 
 
+def test_without_read_ahead_nothing_is_read_before_it_is_taken(store: Store) -> None:
+    units = list(store.units())
+    with Stream(store, ring_bytes=1 << 20, read_ahead=False) as stream:
+        stream.schedule(units)
+        time.sleep(0.05)
+        assert stream.stats.bytes_read == 0
+        stream.take(units[3]).release()
+        assert stream.stats.bytes_read == units[3].nbytes
+
+
+def test_the_ring_gives_out_no_byte_twice() -> None:
+    ring = stream_module._Ring(64 * 4096 + 100)
+    rng = random.Random(3)
+    held: dict[int, int] = {}
+    refused = 0
+    for _ in range(3000):
+        nbytes = rng.choice([1, 1, 1, 2, 5, 9]) * 4096
+        if rng.random() < 0.55:
+            got = ring.take(nbytes, outside=False)
+            if got is None:
+                refused += 1
+                continue
+            memory, start = got
+            assert memory.numel() == nbytes
+            assert memory.data_ptr() % 4096 == 0
+            assert all(start + nbytes <= s or s + n <= start for s, n in held.items())
+            assert start + nbytes <= ring.nbytes
+            held[start] = nbytes
+        elif held:
+            start = rng.choice(list(held))
+            ring.give_back(start, held.pop(start))
+        assert ring.used == sum(held.values()) <= ring.nbytes
+    assert refused > 10
+    for start, nbytes in held.items():
+        ring.give_back(start, nbytes)
+    assert ring._holes == [(0, 64 * 4096)]
+    assert ring.take(4096 * 65, outside=False) is None
+    outside = ring.take(4096 * 65, outside=True)
+    assert outside is not None
+    assert outside[1] == -1
+
+
 # Ends
 
 
@@ -428,4 +470,3 @@ def test_an_interrupted_take_gives_its_memory_back(
                 stream.take(units[0])
         wait_until(lambda: stream._ring.used == 0)
         stream.take(units[1]).release()
-        assert stream_module.StreamStats().bytes_read == 0

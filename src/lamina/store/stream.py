@@ -286,10 +286,10 @@ class Stream:
             self._wanted = slot
             try:
                 self._pump()
-                while not slot.done:
-                    if self._closed:
-                        raise RuntimeError("the stream was closed")
+                while not (slot.done or self._closed):
                     self._changed.wait()
+                if self._closed:
+                    raise RuntimeError("the stream was closed")
                 if slot.error is not None:
                     raise slot.error
             except BaseException:

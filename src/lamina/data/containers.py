@@ -11,6 +11,7 @@ import glob
 import gzip
 import io
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ __all__ = [
     "open_bytes",
     "parse_lines",
     "read_source",
+    "reading",
 ]
 
 Container = Literal[
@@ -158,7 +160,7 @@ def _examine(path: Path) -> Source:
     try:
         with open_bytes(Source(path, "text", compression)) as file:
             head = file.read(1 << 16)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} can't be decompressed: {error}.") from error
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{path} is UTF-16: save it as UTF-8.")
@@ -199,6 +201,16 @@ def open_bytes(source: Source) -> Iterator[BinaryIO]:
             yield raw
 
 
+@contextmanager
+def reading(source: Source) -> Iterator[None]:
+    """Turns what can go wrong while a source is read into a `DataError`."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        reason = str(getattr(error, "strerror", None) or error).rstrip(".")
+        raise DataError(f"{source.name} can't be read: {reason}.") from error
+
+
 def read_source(source: Source, *, text_rows: TextRows = "document") -> Iterator[RawRow]:
     """The rows of one source, in order.
 
@@ -208,7 +220,7 @@ def read_source(source: Source, *, text_rows: TextRows = "document") -> Iterator
     Raises:
         DataError: it can't be read at all, or not to its end.
     """
-    try:
+    with reading(source):
         match source.container:
             case "parquet" | "arrow" | "saved-dataset":
                 yield from _numbered(columnar.read_columnar(source.path, source.container))
@@ -220,9 +232,6 @@ def read_source(source: Source, *, text_rows: TextRows = "document") -> Iterator
                     if source.bom:
                         file.read(3)
                     yield from _text_reader(source, file, text_rows)
-    except (OSError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{source.name} can't be read: {reason}.") from error
 
 
 def _numbered(rows: Iterable[dict[str, Any] | RowError]) -> Iterator[RawRow]:

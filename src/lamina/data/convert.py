@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from lamina.data.formats import Input, Row
+from lamina.data.containers import RawRow, parse_lines
+from lamina.data.formats import Input, understand
 from lamina.data.jsonio import dump_line
-from lamina.data.messages import RowError
-from lamina.data.shapes import Shape, candidates, shape_named
+from lamina.data.messages import Example, RowError
+from lamina.data.parallel import Message, line_blocks, map_blocks
+from lamina.data.shapes import Shape, ShapeFinder, candidates, shape_named
 from lamina.data.shapes.base import uncarried
-from lamina.data.writers import check_output, new_file, open_writer, rejected_path
+from lamina.data.writers import (
+    LinesWriter,
+    RowWriter,
+    check_output,
+    new_file,
+    open_writer,
+    rejected_path,
+)
 
-__all__ = ["Conversion", "Rejects", "convert"]
+__all__ = ["Conversion", "Rejects", "convert", "convert_block", "rejected_line"]
 
 #: Rows between two calls of a progress function.
 PROGRESS_EVERY = 1000
@@ -44,18 +54,11 @@ class Conversion:
 
 
 class Rejects:
-    """Writes rejected rows, one JSON object a line: `file`, `line`, `code`, `reason` and the row,
-    as `row` or, if it couldn't be parsed, as `raw` text. The file is made with the first of them.
+    """Writes rejected rows. The file is made with the first of them."""
 
-    Args:
-        path: the file.
-    """
-
-    def __init__(self, path: Path, data: Input):
+    def __init__(self, path: Path):
         self.path = path
         self.count = 0
-        self.reasons: Counter[str] = Counter()
-        self._data = data
         self._stack = contextlib.ExitStack()
         self._file: IO[bytes] | None = None
 
@@ -65,26 +68,26 @@ class Rejects:
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
-    def add(self, row: Row, reason: RowError) -> None:
+    def add(self, lines: bytes, count: int = 1) -> None:
+        if not count:
+            return
         if self._file is None:
             self._file = self._stack.enter_context(new_file(self.path))
-        entry: dict[str, Any] = {
-            "file": self._data.sources[row.file].name,
-            "line": row.raw.line,
-            "code": reason.code,
-            "reason": reason.message,
-        }
-        raw = row.raw.raw.decode("utf-8", "backslashreplace").rstrip("\r\n")
-        kept = {"raw": raw} if isinstance(row.raw.value, RowError) else {"row": row.raw.value}
-        try:
-            line = dump_line({**entry, **kept})
-        except (RowError, RecursionError):
-            # What JSON can't hold (bytes, half a surrogate pair) is kept in an escaped form.
-            kept = {"raw": repr(row.raw.value)}
-            line = json.dumps({**entry, **kept}).encode() + b"\n"
-        self._file.write(line)
-        self.count += 1
-        self.reasons[reason.code] += 1
+        self._file.write(lines)
+        self.count += count
+
+
+def rejected_line(name: str, raw: RawRow, reason: RowError) -> bytes:
+    """A rejected row as a line: an object with `file`, `line`, `code`, `reason`, and the row as
+    `row` or, if it couldn't be parsed, as `raw` text."""
+    entry = {"file": name, "line": raw.line, "code": reason.code, "reason": reason.message}
+    text = raw.raw.decode("utf-8", "backslashreplace").rstrip("\r\n")
+    kept = {"raw": text} if isinstance(raw.value, RowError) else {"row": raw.value}
+    try:
+        return dump_line({**entry, **kept})
+    except (RowError, RecursionError):
+        # What JSON can't hold (bytes, half a surrogate pair) is kept in an escaped form.
+        return json.dumps({**entry, "raw": repr(raw.value)}).encode() + b"\n"
 
 
 def convert(
@@ -105,51 +108,139 @@ def convert(
     Raises:
         DataError: the output can't be written, or a source can't be read. Nothing is left behind.
     """
-    shape = shape_named(to)
+    shape_named(to)
     rejects_file = rejected_path(output)
     for path in (output, rejects_file):
         check_output(path, data.sources, force=force)
     result = Conversion(output, to)
-    with Rejects(rejects_file, data) as rejects:
-        with open_writer(output) as writer:
-            for row, written in written_rows(data, shape):
-                result.rows_in += 1
-                if row.shape is not None:
-                    result.shapes[row.shape.name] += 1
-                try:
-                    if isinstance(written, RowError):
-                        raise written
-                    writer.write(written)
-                    result.rows_out += 1
-                except RowError as error:
-                    rejects.add(row, error)
-                if progress is not None and result.rows_in % PROGRESS_EVERY == 0:
-                    progress(result.rows_in)
-        result.rejected, result.reasons = rejects.count, rejects.reasons
+    with Rejects(rejects_file) as rejects, open_writer(output) as writer:
+        for index, source in enumerate(data.sources):
+            if source.container == "jsonl" and isinstance(writer, LinesWriter):
+                _convert_blocks(data, index, result, writer, rejects, progress)
+            else:
+                _convert_rows(data, index, result, writer, rejects, progress)
+    result.rejected = rejects.count
     if not result.rejected:
         rejects_file.unlink(missing_ok=True)  # of an earlier conversion
     result.rejected_file = rejects_file if result.rejected else None
     return result
 
 
-def written_rows(data: Input, shape: Shape) -> Iterator[tuple[Row, dict[str, Any] | RowError]]:
-    """Each row with its form in `shape`, or why it has none."""
-    known: set[tuple[str, ...]] = set()
-    for row in data.rows():
-        if isinstance(row.example, RowError):
-            yield row, row.example
-            continue
-        written: dict[str, Any] | RowError
+def _convert_rows(
+    data: Input,
+    index: int,
+    result: Conversion,
+    writer: RowWriter,
+    rejects: Rejects,
+    progress: Callable[[int], None] | None,
+) -> None:
+    """Convert one source in this process."""
+    known = _Readable(shape_named(result.to))
+    for row in data.rows_of(index):
+        result.rows_in += 1
+        if row.shape is not None:
+            result.shapes[row.shape.name] += 1
         try:
-            written = shape.write(row.example)
-            if tuple(written) not in known:
-                _check_readable(written, shape)
-                known.add(tuple(written))
+            writer.write(known.written(row.example))
+            result.rows_out += 1
         except RowError as error:
-            written = error
+            result.reasons[error.code] += 1
+            rejects.add(rejected_line(data.sources[index].name, row.raw, error))
+        if progress is not None and result.rows_in % PROGRESS_EVERY == 0:
+            progress(result.rows_in)
+
+
+def _convert_blocks(
+    data: Input,
+    index: int,
+    result: Conversion,
+    writer: LinesWriter,
+    rejects: Rejects,
+    progress: Callable[[int], None] | None,
+) -> None:
+    """Convert one JSON-lines source to JSON lines, in several processes if it is large."""
+    source = data.sources[index]
+    options = {
+        "shape": data.shape and data.shape.name,
+        "columns": data.columns,
+        "to": result.to,
+        "name": source.name,
+    }
+    size = source.path.stat().st_size
+    blocks = line_blocks(index, source)
+    for _, message in map_blocks("convert", convert_block, options, blocks, size):
+        written, rejected = message.blobs
+        writer.write_lines(written)
+        rejects.add(rejected, sum(message.values["reasons"].values()))
+        result.rows_in += message.values["rows"]
+        result.rows_out += message.values["rows"] - sum(message.values["reasons"].values())
+        result.shapes.update(message.values["shapes"])
+        result.reasons.update(message.values["reasons"])
+        if progress is not None:
+            progress(result.rows_in)
+
+
+_STATE: dict[str, tuple[ShapeFinder, _Readable]] = {}
+
+
+def convert_block(options: dict[str, Any], first: int, data: bytes) -> Message:
+    """`parallel`'s task: convert lines of JSON. The results are the lines written and the lines
+    rejected.
+
+    Args:
+        options: `shape` and `columns` of an `Input`; `to`, the shape to write; `name`, the file's.
+        first: the number of the first line.
+    """
+    key = str(options)
+    if key not in _STATE:
+        shape = options["shape"]
+        finder = ShapeFinder(shape and shape_named(shape), options["columns"])
+        _STATE[key] = finder, _Readable(shape_named(options["to"]))
+    finder, known = _STATE[key]
+    written: list[bytes] = []
+    rejected: list[bytes] = []
+    shapes: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    rows = 0
+    for raw in parse_lines(io.BytesIO(data), first):
+        rows += 1
+        try:
+            if isinstance(raw.value, RowError):
+                raise raw.value
+            shape, example = understand(finder, raw.value)
+            if shape is not None:
+                shapes[shape.name] += 1
+            written.append(dump_line(known.written(example)))
+        except RowError as error:
+            reasons[error.code] += 1
+            rejected.append(rejected_line(options["name"], raw, error))
+    values = {"rows": rows, "shapes": shapes, "reasons": reasons}
+    return Message(values, [b"".join(written), b"".join(rejected)])
+
+
+class _Readable:
+    """Writes examples in a shape, and sees to it that they will be read back as that shape."""
+
+    def __init__(self, shape: Shape):
+        self._shape = shape
+        self._known: set[tuple[str, ...]] = set()
+
+    def written(self, example: Example | RowError) -> dict[str, Any]:
+        """
+        Raises:
+            RowError: there is no example, or the shape can't carry it.
+        """
+        if isinstance(example, RowError):
+            raise example
+        try:
+            row = self._shape.write(example)
         except RecursionError:
-            written = RowError("not-json", "is nested too deeply")
-        yield row, written
+            raise RowError("not-json", "is nested too deeply") from None
+        columns = tuple(row)
+        if columns not in self._known:
+            _check_readable(row, self._shape)
+            self._known.add(columns)
+        return row
 
 
 def _check_readable(row: dict[str, Any], shape: Shape) -> None:

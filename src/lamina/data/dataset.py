@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamina.data.containers import Source
-from lamina.data.formats import Input, Problems, Row
+from lamina.data.formats import Input, Places, Problems, Row
 from lamina.data.messages import Example, RowError
 from lamina.data.template import Renderer, Sample
 from lamina.errors import DataError
@@ -91,24 +91,6 @@ class Dataset:
         return self._places.name(row)
 
 
-class Places:
-    """Where rows come from, eight bytes a row."""
-
-    def __init__(self, sources: Sequence[Source]):
-        self._names = [source.name for source in sources]
-        self._first_rows: list[int] = []
-        self.lines = array("q")
-
-    def add(self, row: Row) -> None:
-        while len(self._first_rows) <= row.file:
-            self._first_rows.append(row.index)
-        self.lines.append(row.raw.line)
-
-    def name(self, row: int) -> str:
-        file = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-        return f"{self._names[file]}:{self.lines[row]}"
-
-
 def load_dataset(
     paths: Input | Path | str | Iterable[Path | str],
     tokenizer: Any,
@@ -156,7 +138,7 @@ class _Loader:
         examples: list[Example] = []
         good: list[Row] = []
         for row in rows:
-            self.places.add(row)
+            self.places.add(row.file, [row.raw.line])
             if isinstance(row.example, RowError):
                 self._problem(row, row.example)
             else:

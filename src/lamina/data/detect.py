@@ -131,7 +131,7 @@ def _look(
             f"it also {why} ({other.title}), and is read as {shape.title}: name the shape "
             f"'{other.name}' for the other reading"
             for other, why in candidates(row)
-            if other is not shape and data.shape is None and _rival(shape.name, other.name)
+            if data.shape is None and other.name not in (shape.name, *shape.includes)
         ]
         if shape.name in ("prompt-completion", "feedback") and isinstance(row.get("prompt"), str):
             remarks.append(
@@ -139,16 +139,6 @@ def _look(
                 "columns (user=prompt, assistant=completion) if they are questions for a chat model"
             )
         yield raw, shape.name, reason, error, remarks
-
-
-def _rival(taken: str, other: str) -> bool:
-    """Whether another fitting shape is a different reading, and not a part of the one taken."""
-    return (taken, other) not in {
-        ("ranking", "sharegpt"),
-        ("ranking", "alpaca"),
-        ("messages", "sharegpt"),
-        ("sharegpt", "messages"),
-    }
 
 
 def _conclude(result: Detection, readable: int, reasons: Counter[str], notes: Counter[str]) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lamina.data.containers import RawRow, TextRows, find_sources, read_source
+from lamina.data.containers import RawRow, Source, TextRows, find_sources, read_source
 from lamina.data.messages import Example, RowError
 from lamina.data.shapes import Shape, ShapeFinder, shape_named
 from lamina.errors import DataError
 
-__all__ = ["Input", "Problems", "Row"]
+__all__ = ["Input", "Places", "Problems", "Row"]
 
 #: How many mistakes a message lists before it only counts them.
 SHOWN = 10
@@ -115,16 +117,6 @@ class Input:
         """The sources, for messages."""
         return ", ".join(source.name for source in self.sources)
 
-    def raw_rows(self) -> Iterator[tuple[int, RawRow]]:
-        """The rows as they stand in the files, each with the index of its source.
-
-        Raises:
-            DataError: a source can't be read.
-        """
-        for file, source in enumerate(self.sources):
-            for raw in read_source(source, text_rows=self.text_rows):
-                yield file, raw
-
     def rows(self) -> Iterator[Row]:
         """The rows of all sources, in order. Never raises for a row: its mistake is in
         `Row.example`.
@@ -132,8 +124,22 @@ class Input:
         Raises:
             DataError: a source can't be read.
         """
+        index = 0
+        for file in range(len(self.sources)):
+            for row in self.rows_of(file):
+                row.index = index
+                index += 1
+                yield row
+
+    def rows_of(self, file: int) -> Iterator[Row]:
+        """The rows of one source, numbered from 0.
+
+        Raises:
+            DataError: it can't be read.
+        """
         finder = ShapeFinder(self.shape, self.columns)
-        for index, (file, raw) in enumerate(self.raw_rows()):
+        raws = read_source(self.sources[file], text_rows=self.text_rows)
+        for index, raw in enumerate(raws):
             if isinstance(raw.value, RowError):
                 yield Row(index, file, raw, None, raw.value)
                 continue
@@ -158,3 +164,26 @@ def understand(
         return shape, error
     except RecursionError:
         return shape, RowError("not-json", "is nested too deeply")
+
+
+class Places:
+    """Where rows come from: a file and a line, eight bytes a row.
+
+    Args:
+        sources: those that the rows are read from, in order.
+    """
+
+    def __init__(self, sources: Sequence[Source]):
+        self._names = [source.name for source in sources]
+        self._first_rows: list[int] = []
+        self.lines = array("q")
+
+    def add(self, file: int, lines: Iterable[int]) -> None:
+        """Add rows of a file, after all those of the files before it."""
+        while len(self._first_rows) <= file:
+            self._first_rows.append(len(self.lines))
+        self.lines.extend(lines)
+
+    def name(self, row: int) -> str:
+        file = bisect_right(self._first_rows, row) - 1
+        return f"{self._names[file]}:{self.lines[row]}"

@@ -290,6 +290,24 @@ class Renderer:
         except RowError as error:
             raise DataError(f"The conversation {error.message}.") from None
 
+    # -- the tokenizer ----------------------------------------------------------------------------
+
+    def special_tokens(self) -> list[str]:
+        """The tokenizer's control tokens, as they would be written in a text."""
+        return [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
+
+    def keeps(self, text: str) -> bool:
+        """Whether a text comes back from its tokens unchanged."""
+        (ids,) = self._encoder.plain([text])
+        return text.strip() in self.tokenizer.decode(ids)
+
+    def is_lossless(self) -> bool:
+        """Whether every character has tokens: the vocabulary holds all bytes that UTF-8 uses."""
+        two_bytes = "".join(map(chr, range(0x80, 0x800)))
+        three_bytes = "".join(chr(k << 12 | 0xABC) for k in range(1, 16) if k != 13)
+        four_bytes = "".join(chr(k << 18 | 0x12345 & 0xFFFF) for k in range(1, 5))
+        return self.keeps(two_bytes + three_bytes + four_bytes)
+
     # -- templates --------------------------------------------------------------------------------
 
     def _require_template(self) -> ChatTemplate:

@@ -20,7 +20,7 @@ from lamina.data.jsonio import dump_line
 from lamina.data.messages import RowError
 from lamina.errors import DataError
 
-__all__ = ["RowWriter", "check_output", "new_file", "open_writer", "rejected_path"]
+__all__ = ["LinesWriter", "RowWriter", "check_output", "new_file", "open_writer", "rejected_path"]
 
 #: Columns whose value in a table is text that is not JSON, so that a list would not be read back.
 _TEXT_CELLS = frozenset({"prompt", "completion", "chosen", "rejected", "input", "output"})
@@ -46,11 +46,17 @@ class RowWriter(ABC):
         self._file.flush()
 
 
-class _JsonLines(RowWriter):
+class LinesWriter(RowWriter):
+    """JSON lines."""
+
     container = "jsonl"
 
     def write(self, row: dict[str, Any]) -> None:
         self._file.write(dump_line(row))
+
+    def write_lines(self, lines: bytes) -> None:
+        """Write rows that are lines already."""
+        self._file.write(lines)
 
 
 class _JsonArray(RowWriter):
@@ -239,7 +245,7 @@ def _batched(lines: Iterable[bytes], size: int) -> Iterator[list[dict[str, Any]]
 
 
 _WRITERS: dict[Container, type[RowWriter]] = {
-    writer.container: writer for writer in (_JsonLines, _JsonArray, _Csv, _Tsv, _Text)
+    writer.container: writer for writer in (LinesWriter, _JsonArray, _Csv, _Tsv, _Text)
 }
 _COLUMNAR: dict[Container, type[_Columnar]] = {"parquet": _Parquet, "arrow": _Arrow}
 

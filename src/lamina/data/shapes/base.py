@@ -30,12 +30,14 @@ class Shape(ABC):
         name: as a user writes it.
         title: what it is, in a few words.
         columns: the columns that it gives a meaning.
+        includes: other shapes that also fit its rows, being a part of them.
         row: a minimal row, for the documentation and its test.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     columns: ClassVar[frozenset[str]]
+    includes: ClassVar[tuple[str, ...]] = ()
     row: ClassVar[dict[str, Any]]
 
     @abstractmethod

@@ -120,6 +120,7 @@ class OpenAIPreference(Shape):
 class Ranking(Shape):
     name = "ranking"
     title = "LLaMA-Factory's ranking form"
+    includes = ("sharegpt", "alpaca")
     columns = frozenset(
         {"conversations", "instruction", "input", "system", "tools", "chosen", "rejected"}
     )

@@ -268,3 +268,23 @@ def test_a_tensor_that_only_the_index_has_is_reported(
     index.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=r"vision\.lost"):
         sample.prepare(tmp_path / "store")
+
+
+def test_many_threads_write_the_same_store_and_leave_torch_as_it_was(
+    make_sample: Callable[..., Any], tmp_path: Path
+) -> None:
+    sample = make_sample(True, hidden=96, inter=64, experts=9)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = sample.prepare(tmp_path / "one").fingerprint
+        torch.set_num_threads(6)
+        assert sample.prepare(tmp_path / "six").fingerprint == one
+        assert torch.get_num_threads() == 6
+        sample.tensors["language_model.model.layers.0.moe.experts.down_proj"][8, 0, 0] = torch.nan
+        sample.write()
+        with pytest.raises(CheckpointError, match=r"down_proj\[8\]"):
+            sample.prepare(tmp_path / "bad")
+        assert torch.get_num_threads() == 6
+    finally:
+        torch.set_num_threads(before)

@@ -11,6 +11,7 @@ import errno
 import json
 import math
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,6 +64,11 @@ class Rows:
         shape = self.tensor.shape if self.index is None else self.tensor.shape[1:]
         return shape[::-1] if self.transpose else shape
 
+    @property
+    def item_bytes(self) -> int:
+        """The bytes of a weight in the checkpoint."""
+        return _DTYPES[self.tensor.dtype].itemsize
+
     def __str__(self) -> str:
         return self.tensor.name if self.index is None else f"{self.tensor.name}[{self.index}]"
 
@@ -79,7 +85,7 @@ class Checkpoint:
         self.path = path
         self.tensors = tensors
         self.identity = identity
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._local = threading.local()  # each thread reads into memory of its own
 
     @staticmethod
     def open(path: Path) -> Checkpoint:
@@ -117,7 +123,7 @@ class Checkpoint:
 
     def rows(self, rows: Rows) -> Iterator[Tensor]:
         """The rows in order, a chunk at a time (transposed ones all at once), in the source's dtype
-        and perhaps not contiguous. A chunk is valid until the next is asked for."""
+        and perhaps not contiguous. A chunk is valid until this thread asks for the next."""
         tensor = rows.tensor
         shape = tensor.shape if rows.index is None else tensor.shape[1:]
         dtype = _DTYPES[tensor.dtype]
@@ -144,10 +150,11 @@ class Checkpoint:
                 yield self._read(fd, tensor.offset + start, nbytes).numpy().data
 
     def _read(self, fd: int, offset: int, nbytes: int) -> Tensor:
-        if self._scratch.numel() < nbytes:
-            self._scratch = torch.empty(0, dtype=torch.uint8)  # before the larger one is made
-            self._scratch = torch.empty(nbytes, dtype=torch.uint8)
-        buffer = self._scratch[:nbytes]
+        scratch: Tensor | None = getattr(self._local, "scratch", None)
+        if scratch is None or scratch.numel() < nbytes:
+            self._local.scratch = scratch = None  # before the larger one is made
+            self._local.scratch = scratch = torch.empty(nbytes, dtype=torch.uint8)
+        buffer = scratch[:nbytes]
         view = buffer.numpy().data
         done = 0
         while done < nbytes:

@@ -25,6 +25,7 @@ from lamina.errors import CheckpointError, StoreError
 from lamina.models.spec import Block, Linear, Plain, Sources
 from lamina.store.checkpoint import Checkpoint, Rows, SourceTensor, resolve
 from lamina.store.codec import CODECS, encode
+from lamina.store.encoder import Encoder, Task, not_finite, work_bytes
 from lamina.store.files import Meter, Progress, Writer, check_space, folder_errors, locked
 from lamina.store.journal import Record
 from lamina.store.layout import (
@@ -79,7 +80,13 @@ def prepare(
         raise StoreError(f"There is no codec {codec!r}.", hint=f"Use one of {', '.join(CODECS)}.")
     source = Checkpoint.open(Path(checkpoint))
     jobs = _block_jobs(source, blocks, codec, prefixes)
-    used = {row.tensor.name for job in jobs for rows in job.rows() for row in rows}
+    used = {
+        row.tensor.name
+        for job in jobs
+        for _, rows_of in job.units()
+        for rows in rows_of.values()
+        for row in rows
+    }
     unused = [tensor for name, tensor in sorted(source.tensors.items()) if name not in used]
     extras = _extra_jobs(unused)
     everything: list[_BlockJob | _ExtraJob] = [*jobs, *extras]
@@ -103,12 +110,14 @@ def prepare(
             (root / "blocks").mkdir(exist_ok=True)
             total = sum(job.nbytes for job in everything)
             meter = Meter(progress, total, total - sum(job.nbytes for job in todo))
-            for job in todo:
-                meter.what = job.file
-                with Writer(root / job.file, meter) as writer:
-                    entry = job.write(writer, source)
-                    record.check(job.file, entry)
-                record.add(job.file, entry)
+            largest = max((work_bytes(*task) for job in jobs for task in job.tasks()), default=0)
+            with Encoder(source, largest) as encoder:
+                for job in todo:
+                    meter.what = job.file
+                    with Writer(root / job.file, meter) as writer:
+                        entry = job.write(writer, source, encoder)
+                        record.check(job.file, entry)
+                    record.add(job.file, entry)
             for file in copied:
                 _copy(file, root / file.name)
             files = [job.file for job in jobs], [job.file for job in extras]
@@ -135,22 +144,28 @@ class _BlockJob:
     def nbytes(self) -> int:
         return self.layout.nbytes
 
-    def rows(self) -> Iterator[tuple[Rows, ...]]:
-        yield from self.dense.values()
-        for expert in self.experts:
-            yield from expert.values()
+    def units(self) -> Iterator[tuple[UnitLayout, dict[str, tuple[Rows, ...]]]]:
+        """What each unit holds and where it comes from: the dense part, then the experts."""
+        yield self.layout.dense, self.dense
+        if self.layout.experts is not None:
+            for rows in self.experts:
+                yield self.layout.experts, rows
 
-    def write(self, writer: Writer, source: Checkpoint) -> dict[str, Any]:
+    def tasks(self) -> Iterator[Task]:
+        """What must be encoded, in the order in which it is written."""
+        for layout, rows_of in self.units():
+            for tensor in layout.tensors:
+                if tensor.codec != "bf16":
+                    yield tensor, rows_of[tensor.name]
+
+    def write(self, writer: Writer, source: Checkpoint, encoder: Encoder) -> dict[str, Any]:
         """Writes the file. Returns its entry in store.json."""
         writer.start_range()
         writer.write(memoryview(self.layout.header))
         header = writer.end_range()
-        dense = _write_unit(writer, source, self.layout.dense, self.dense)
-        experts = []
-        if self.layout.experts is not None:
-            for rows in self.experts:
-                experts.append(_write_unit(writer, source, self.layout.experts, rows))
-        return manifest_block(self.layout, BlockChecksums(header, dense, tuple(experts)))
+        encoded = encoder.encoded(self.tasks())
+        sums = [_write_unit(writer, source, *unit, encoded) for unit in self.units()]
+        return manifest_block(self.layout, BlockChecksums(header, sums[0], tuple(sums[1:])))
 
 
 @dataclass(frozen=True)
@@ -162,7 +177,7 @@ class _ExtraJob:
     tensors: tuple[SourceTensor, ...]
     nbytes: int
 
-    def write(self, writer: Writer, source: Checkpoint) -> list[Any]:
+    def write(self, writer: Writer, source: Checkpoint, _: Encoder) -> list[Any]:
         """Writes the file. Returns its entry in store.json."""
         writer.start_range()
         writer.write(memoryview(self.header))
@@ -256,49 +271,35 @@ def _write_unit(
     source: Checkpoint,
     layout: UnitLayout,
     rows_of: Mapping[str, tuple[Rows, ...]],
+    encoded: Iterator[dict[str, Tensor]],
 ) -> str:
-    """Writes a unit. Returns its checksum."""
+    """Writes a unit. Returns its checksum.
+
+    Args:
+        encoded: the pieces of the matrices that aren't bf16, in order.
+    """
     start = writer.position
     writer.start_range()
     for tensor in layout.tensors:
-        rows = rows_of[tensor.name]
-        try:
-            if tensor.codec == "bf16":
-                writer.pad_to(start + tensor.pieces[0].start)
-                for row in rows:
-                    for chunk in source.rows(row):
-                        writer.write(_bytes(encode(chunk, "bf16")[""]))
-                continue
-            encoded = encode(_matrix(source, rows, tensor.shape), tensor.codec)
-        except ValueError as error:
-            raise _not_finite(source, rows) from error
+        if tensor.codec == "bf16":
+            writer.pad_to(start + tensor.pieces[0].start)
+            _write_plain(writer, source, rows_of[tensor.name])
+            continue
+        pieces = next(encoded)
         for piece in tensor.pieces:
             writer.pad_to(start + piece.start)
-            writer.write(_bytes(encoded[piece.suffix]))
+            writer.write(_bytes(pieces[piece.suffix]))
     writer.pad_to(start + layout.nbytes)
     return writer.end_range()
 
 
-def _matrix(source: Checkpoint, rows: Sequence[Rows], shape: tuple[int, ...]) -> Tensor:
-    matrix = torch.empty(shape, dtype=torch.bfloat16)
-    at = 0
+def _write_plain(writer: Writer, source: Checkpoint, rows: Sequence[Rows]) -> None:
     for row in rows:
         for chunk in source.rows(row):
-            matrix[at : at + len(chunk)].copy_(chunk.to(torch.bfloat16))
-            at += len(chunk)
-    return matrix
-
-
-def _not_finite(source: Checkpoint, rows: Sequence[Rows]) -> CheckpointError:
-    bad = [
-        str(row)
-        for row in rows
-        if not all(bool(torch.isfinite(chunk.bfloat16()).all()) for chunk in source.rows(row))
-    ]
-    return CheckpointError(
-        f"{' and '.join(bad)} of {source.path} has weights that are NaN or infinite.",
-        hint="Such a model can't be tuned: get its checkpoint again.",
-    )
+            try:
+                writer.write(_bytes(encode(chunk, "bf16")[""]))
+            except ValueError as error:
+                raise not_finite(source, rows) from error
 
 
 def _bytes(tensor: Tensor) -> memoryview:

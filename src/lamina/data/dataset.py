@@ -7,29 +7,51 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lamina.data.containers import Source
-from lamina.data.formats import Input, Places, Problems, Row
-from lamina.data.messages import Example, RowError
+from lamina.data.codes import CODES
+from lamina.data.formats import Input, Places, Problems, Row, count_rows
+from lamina.data.lengths import TooLong, fit
+from lamina.data.messages import Example, Feedback, Preference, RowError
+from lamina.data.rules import findings
 from lamina.data.template import Renderer, Sample
 from lamina.errors import DataError
 
-__all__ = ["Dataset", "Dropped", "load_dataset"]
+__all__ = ["Dataset", "Dropped", "Shortened", "load_dataset"]
 
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A sample left out because it is too long."""
+    """A row of which nothing is left, because it is too long."""
 
     place: str
     num_tokens: int
 
     def __str__(self) -> str:
         return f"{self.place} has {self.num_tokens} tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class Shortened:
+    """A row that was too long.
+
+    Args:
+        num_tokens: how many tokens it had.
+        kept: how many it has now.
+        parts: how many samples these are.
+    """
+
+    place: str
+    num_tokens: int
+    kept: int
+    parts: int
+
+    def __str__(self) -> str:
+        parts = f" in {self.parts} samples" if self.parts != 1 else ""
+        return f"{self.place} had {self.num_tokens} tokens and has {self.kept}{parts}"
 
 
 class Dataset:
@@ -40,7 +62,9 @@ class Dataset:
         offsets: `[len + 1]` int64: sample i is `coded[offsets[i]:offsets[i + 1]]`.
         rows: `[len]` int64: the row of each sample, from 0.
         places: where each row comes from.
-        dropped: the samples left out because they are too long.
+        dropped: the rows left out because they are too long.
+        shortened: the rows of which a part was kept, because they are too long.
+        notes: how rows were understood that could be meant otherwise, as sentences.
     """
 
     def __init__(
@@ -50,12 +74,16 @@ class Dataset:
         rows: NDArray[np.int64],
         places: Places,
         dropped: Sequence[Dropped] = (),
+        shortened: Sequence[Shortened] = (),
+        notes: Sequence[str] = (),
     ):
         self._coded = coded
         self._offsets = offsets
         self._rows = rows
         self._places = places
         self.dropped = tuple(dropped)
+        self.shortened = tuple(shortened)
+        self.notes = tuple(notes)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -96,24 +124,26 @@ def load_dataset(
     tokenizer: Any,
     max_length: int | None = None,
     *,
+    too_long: TooLong = "drop",
     renderer: Renderer | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Dataset:
-    """Read and tokenize data files.
+    """Read and tokenize data.
 
     Args:
         paths: the data, or its files, in any format that is known.
         tokenizer: a transformers tokenizer.
-        max_length: samples with more tokens are dropped, and named in `Dataset.dropped`.
+        max_length: the most tokens that a sample may have.
+        too_long: what happens to longer ones: see `lengths`.
         renderer: the renderer to use, if there is one already for this tokenizer.
         progress: called with the number of rows read so far, now and then.
 
     Raises:
-        DataError: a file can't be read; any row is malformed (all such rows are reported at once);
-            or nothing remains to train on.
+        DataError: a file can't be read; any row has an error, as `check` finds them (all such rows
+            are reported at once); or nothing remains to train on.
     """
     data = paths if isinstance(paths, Input) else Input(paths)
-    loader = _Loader(data.sources, renderer or Renderer(tokenizer), max_length)
+    loader = _Loader(data, renderer or Renderer(tokenizer), max_length, too_long)
     source = data.rows()
     while rows := list(islice(source, 256)):
         loader.add(rows)
@@ -123,49 +153,67 @@ def load_dataset(
 
 
 class _Loader:
-    def __init__(self, sources: list[Source], renderer: Renderer, max_length: int | None):
-        self.places = Places(sources)
-        self._sources = sources
+    def __init__(self, data: Input, renderer: Renderer, max_length: int | None, too_long: TooLong):
+        self.places = Places(data.sources)
+        self._data = data
         self._renderer = renderer
         self._max_length = max_length
+        self._too_long: TooLong = too_long
         self._problems = Problems()
         self._coded = array("i")
         self._offsets = array("q", [0])
         self._rows = array("q")
         self._dropped: list[Dropped] = []
+        self._shortened: list[Shortened] = []
+        self._chosen = self._disliked = 0
 
     def add(self, rows: Sequence[Row]) -> None:
-        examples: list[Example] = []
-        good: list[Row] = []
+        good: list[tuple[Row, Example]] = []
         for row in rows:
             self.places.add(row.file, [row.raw.line])
-            if isinstance(row.example, RowError):
-                self._problem(row, row.example)
+            example = row.example
+            if isinstance(example, RowError):
+                self._problem(row, example.message)
+                continue
+            errors = [
+                message for code, message in findings(example) if CODES[code].severity == "error"
+            ]
+            if errors:
+                self._problem(row, errors[0])
             else:
-                examples.append(row.example)
-                good.append(row)
-        for row, result in zip(good, self._renderer.render_many(examples), strict=True):
+                good.append((row, example))
+        rendered = self._renderer.render_many(example for _, example in good)
+        for (row, example), result in zip(good, rendered, strict=True):
             if isinstance(result, RowError):
-                self._problem(row, result)
+                self._problem(row, result.message)
             else:
-                for sample in result:
-                    self._add(row, sample)
+                self._chosen += isinstance(example, Preference)
+                self._disliked += isinstance(example, Feedback) and not example.label
+                self._add(row, example, result)
 
-    def _add(self, row: Row, sample: Sample) -> None:
-        size = len(sample.input_ids)
-        if self._max_length is not None and size > self._max_length:
-            self._dropped.append(Dropped(self.places.name(row.index), size))
-            return
-        coded = np.where(sample.loss_mask, sample.input_ids, ~sample.input_ids)
-        self._coded.frombytes(coded.astype(np.int32).tobytes())
-        self._offsets.append(self._offsets[-1] + size)
-        self._rows.append(row.index)
+    def _add(self, row: Row, example: Example, samples: list[Sample]) -> None:
+        longest = max((len(sample.input_ids) for sample in samples), default=0)
+        limit = self._max_length
+        if limit is not None and longest > limit:
+            place = self.places.name(row.index)
+            before = sum(len(sample.input_ids) for sample in samples)
+            samples = fit(self._renderer, example, samples, limit, self._too_long)
+            kept = sum(len(sample.input_ids) for sample in samples)
+            if samples:
+                self._shortened.append(Shortened(place, before, kept, len(samples)))
+            else:
+                self._dropped.append(Dropped(place, longest))
+        for sample in samples:
+            coded = np.where(sample.loss_mask, sample.input_ids, ~sample.input_ids)
+            self._coded.frombytes(coded.astype(np.int32).tobytes())
+            self._offsets.append(self._offsets[-1] + len(coded))
+            self._rows.append(row.index)
 
-    def _problem(self, row: Row, error: RowError) -> None:
-        self._problems.add(self.places.name(row.index), error.message)
+    def _problem(self, row: Row, message: str) -> None:
+        self._problems.add(self.places.name(row.index), message)
 
     def finish(self) -> Dataset:
-        names = ", ".join(source.name for source in self._sources)
+        names = self._data.name
         if self._problems.count:
             rows = len(self.places.lines)
             raise DataError(
@@ -175,18 +223,37 @@ class _Loader:
                 "'role' and 'content', and at least one answer of the assistant.",
             )
         if not self._rows:
-            if not self._dropped:
-                raise DataError(f"{names}: there is nothing to train on, no row was found.")
-            shortest = min(dropped.num_tokens for dropped in self._dropped)
-            raise DataError(
-                f"{names}: nothing remains to train on, all {len(self._dropped)} samples have more "
-                f"tokens than max_length={self._max_length}.",
-                hint=f"The shortest has {shortest} tokens: raise max_length.",
-            )
+            self._refuse_nothing(names)
         return Dataset(
             np.frombuffer(self._coded, dtype=np.int32),
             np.frombuffer(self._offsets, dtype=np.int64),
             np.frombuffer(self._rows, dtype=np.int64),
             self.places,
             self._dropped,
+            self._shortened,
+            self._notes(),
         )
+
+    def _refuse_nothing(self, names: str) -> NoReturn:
+        if self._dropped:
+            shortest = min(dropped.num_tokens for dropped in self._dropped)
+            raise DataError(
+                f"{names}: nothing remains to train on, all {len(self._dropped)} samples have more "
+                f"tokens than max_length={self._max_length}.",
+                hint=f"The shortest has {shortest} tokens: raise max_length.",
+            )
+        if self._disliked:
+            raise DataError(
+                f"{names}: there is nothing to train on, all {self._disliked} answers are disliked."
+            )
+        raise DataError(f"{names}: there is nothing to train on, no row was found.")
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if self._chosen:
+            has = f"{count_rows(self._chosen, 'has', 'have')} a pair"
+            notes.append(f"{has} of answers, of which the chosen one is trained.")
+        if self._disliked:
+            has = f"{count_rows(self._disliked, 'has', 'have')} a disliked"
+            notes.append(f"{has} answer, which is not trained.")
+        return notes

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from lamina.data.containers import Compression, Container, RawRow, Source, read_source
-from lamina.data.formats import Input, Problems, understand
+from lamina.data.formats import Input, Problems, count_rows, understand
 from lamina.data.jsonio import json_type
 from lamina.data.messages import RowError
 from lamina.data.shapes import SHAPES, ShapeFinder, candidates
@@ -142,15 +142,15 @@ def _look(
 
 
 def _conclude(result: Detection, readable: int, reasons: Counter[str], notes: Counter[str]) -> None:
-    result.reasons = [f"{_rows(count)} {reason}" for reason, count in reasons.most_common()]
-    result.ambiguous = [f"{_rows(count)}: {note}." for note, count in notes.most_common()]
+    result.reasons = [f"{count_rows(count)} {reason}" for reason, count in reasons.most_common()]
+    result.ambiguous = [f"{count_rows(count)}: {note}." for note, count in notes.most_common()]
     if result.container == "text":
         result.ambiguous.append(
             "A text file can be one document, paragraphs, or a document a line: say which with "
             "text_rows (document, paragraph or line)."
         )
     if len(result.shapes) > 1:
-        parts = ", ".join(f"{_rows(n)} as {name}" for name, n in result.shapes.most_common())
+        parts = ", ".join(f"{count_rows(n)} as {name}" for name, n in result.shapes.most_common())
         result.ambiguous.append(f"The file mixes formats: {parts}.")
     if result.shapes:
         result.shape = result.shapes.most_common(1)[0][0]
@@ -186,7 +186,3 @@ def _suggest(columns: list[Column]) -> str | None:
         only = texts[0]
         return f"No known format has these columns. If {only!r} is text, map it: text={only}."
     return "No known format has these columns: map them, e.g. user=COLUMN assistant=COLUMN."
-
-
-def _rows(count: int) -> str:
-    return f"{count} rows" if count != 1 else "1 row"

@@ -14,7 +14,7 @@ from lamina.data.messages import Example, RowError
 from lamina.data.shapes import Shape, ShapeFinder, shape_named
 from lamina.errors import DataError
 
-__all__ = ["Input", "Places", "Problems", "Row"]
+__all__ = ["Input", "Places", "Problems", "Row", "count_rows"]
 
 #: How many mistakes a message lists before it only counts them.
 SHOWN = 10
@@ -164,6 +164,12 @@ def understand(
         return shape, error
     except RecursionError:
         return shape, RowError("not-json", "is nested too deeply")
+
+
+def count_rows(count: int, one: str = "", many: str = "") -> str:
+    """`1 row` or `2 rows`, with a verb in its form if one is given."""
+    words = ["1 row", one] if count == 1 else [f"{count} rows", many]
+    return " ".join(filter(None, words))
 
 
 class Places:

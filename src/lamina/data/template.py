@@ -35,7 +35,7 @@ from lamina.data.messages import (
 from lamina.data.shapes import parse_message_list
 from lamina.errors import DataError
 
-__all__ = ["Renderer", "Sample", "TemplateName"]
+__all__ = ["Renderer", "Sample", "TemplateName", "answered"]
 
 TemplateName = Literal["auto", "tokenizer", "llama4", "mixtral"]
 
@@ -178,11 +178,11 @@ class Renderer:
     def _drafts(self, example: Example) -> list[_Draft]:
         match example:
             case Preference(prompt, chosen, _, tools):
-                shown: Example = _answered(prompt, chosen, tools)
+                shown: Example = answered(prompt, chosen, tools)
             case Feedback(prompt, completion, label, tools):
                 if not label:
                     return []
-                shown = _answered(prompt, completion, tools)
+                shown = answered(prompt, completion, tools)
             case _:
                 shown = example
         match shown:
@@ -362,7 +362,7 @@ class Renderer:
         return next((i for i in ids if i in special), None)
 
 
-def _answered(
+def answered(
     prompt: list[Message] | str, answer: list[Message] | str, tools: list[dict[str, Any]]
 ) -> Conversation | Segments:
     """A prompt and an answer, of which only the answer is learned."""

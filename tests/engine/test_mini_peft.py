@@ -41,7 +41,7 @@ MINIS = ("mini-mixtral", "mini-maverick")
 def decoded(store: Store) -> Iterator[tuple[str, Tensor]]:
     """A store's weights under transformers' parameter names: the dequantized checkpoint."""
     family = load_family(store.config)
-    source = resident(store, torch.bfloat16, torch.device("cpu"))
+    source = resident(store, torch.float32, torch.device("cpu"))
     for block in family.blocks:
         with source.dense(block) as tensors:
             for plain in block.plain:
@@ -69,7 +69,7 @@ def strong_adapter(store: Store, tmp_path: Path) -> Adapter:
     reference.randomize(adapter, None)
     for block in adapter.blocks.values():
         for pair in block.factors():
-            pair.b.data.mul_(0.15)
+            pair.b.data.mul_(0.8)
     adapter.save(tmp_path / "adapter", base_model="mini")
     return adapter
 

@@ -17,6 +17,7 @@ from lamina.data.batches import Batch
 from lamina.engine.blocks import AuxLoss, BlockRunner, BlockWeights, Group, RoutingRecord
 from lamina.engine.boundaries import Boundaries
 from lamina.engine.head import logits, logprobs
+from lamina.engine.heap import Heap
 from lamina.engine.sources import Walk, WeightSource
 from lamina.lora.adapter import Adapter
 from lamina.models.common import Family, RaggedAttention
@@ -78,7 +79,8 @@ class Engine:
         self.group_tokens = group_tokens
         self.logits_bytes = logits_bytes
         self.router_aux_loss_coef = router_aux_loss_coef
-        self._on_block = on_block or (lambda: None)
+        self._on_block = on_block
+        self._heap = Heap()
         self.runner = BlockRunner(family, source, adapter)
         self._embed, *self._body, self._head = family.blocks
 
@@ -105,7 +107,7 @@ class Engine:
 
         x_TH = self._embedded(batch)
         for block in self._body:
-            self._on_block()
+            self._between_blocks()
             boundaries.put(block.name, x_TH)
             x_TH, record = self.runner.forward(block, x_TH, groups, seed)
             if record is not None:
@@ -121,7 +123,7 @@ class Engine:
 
         first = self._first_trained()
         for place in range(len(self._body) - 1, first - 1, -1):
-            self._on_block()
+            self._between_blocks()
             block = self._body[place]
             dx_TH = self.runner.backward(
                 block,
@@ -148,7 +150,7 @@ class Engine:
         groups = self._groups(batch)
         x_TH = self._embedded(batch)
         for block in self._body:
-            self._on_block()
+            self._between_blocks()
             x_TH, _ = self.runner.forward(block, x_TH, groups)
         return x_TH
 
@@ -160,6 +162,11 @@ class Engine:
             return logits(x_TH, lambda x: self.family.norm(w, x), head_VH)
 
     # --- its parts
+
+    def _between_blocks(self) -> None:
+        if self._on_block is not None:
+            self._on_block()
+        self._heap.trim()
 
     def _groups(self, batch: Batch) -> list[Group]:
         positions_T = batch.position_ids_T.to(self.device)

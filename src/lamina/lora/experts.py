@@ -5,8 +5,9 @@ expert's activations and takes all its gradients, so that its weights are needed
 leaves out the down projection, whose value no gradient needs: the gradient of a routing weight is
 `<dy, y> = <dy, D h> = <D^T dy, h>`, and `D^T dy` is the gradient of `h`, which is there anyway.
 
-Shapes: T = tokens, K = experts a token goes to, P = one expert's tokens, H = hidden size,
-I = intermediate size, F = 2I (gate, then up), E = experts, R = rank.
+Shapes: T = tokens, K = experts a token goes to, P = one expert's tokens (tensors that end in `_PH`
+and the like may have further rows of zeros), H = hidden size, I = intermediate size, F = 2I (gate,
+then up), E = experts, R = rank.
 """
 
 from __future__ import annotations
@@ -103,6 +104,31 @@ class Dispatch:
         return cls(order // top_k, order % top_k, ranges)
 
 
+#: An expert's tokens are filled up with rows of zeros to a multiple of this: oneDNN compiles a kernel
+#: for each new shape (1 ms and 0.6 MB), and token counts are hardly ever the same. A row of zeros
+#: gives zeros, forward and backward.
+_ROWS = 64
+
+
+def _gathered(x_TH: Tensor, token_P: Tensor) -> Tensor:
+    """One expert's rows of `x`, filled up with zeros: `[at least P, H]`."""
+    count = token_P.numel()
+    rows = -(-count // _ROWS) * _ROWS if count > _ROWS else count
+    if rows == count:
+        return x_TH[token_P]
+    out = x_TH.new_empty(rows, x_TH.shape[1])
+    torch.index_select(x_TH, 0, token_P, out=out[:count])
+    out[count:] = 0
+    return out
+
+
+def _weights_of(weights_TK: Tensor, token_P: Tensor, slot_P: Tensor, rows: int) -> Tensor:
+    """Its tokens' routing weights `[rows, 1]`, filled up with zeros."""
+    out = weights_TK.new_zeros(rows, 1)
+    out[: token_P.numel(), 0] = weights_TK[token_P, slot_P]
+    return out
+
+
 def _add_adapter(y: Tensor, x: Tensor, pair: Pair | None) -> Tensor:
     if pair is None:
         return y
@@ -130,10 +156,10 @@ def experts_forward(
     weights_TK = weights_TK.to(x_TH.dtype)
     for expert, where in dispatch.ranges.items():
         token_P, slot_P = dispatch.token_P[where], dispatch.slot_P[where]
-        weight_P1 = weights_TK[token_P, slot_P].unsqueeze(1)
         gate_up_pair, down_pair = lora.pairs(expert)
         with take(expert) as weights:
-            x_PH = x_TH[token_P]
+            x_PH = _gathered(x_TH, token_P)
+            weight_P1 = _weights_of(weights_TK, token_P, slot_P, len(x_PH))
             if scale_input:
                 x_PH.mul_(weight_P1)
             gate_up_PF = _add_adapter(F.linear(x_PH, weights.gate_up_FH), x_PH, gate_up_pair)
@@ -142,7 +168,7 @@ def experts_forward(
             y_PH = _add_adapter(F.linear(h_PI, weights.down_HI), h_PI, down_pair)
         if not scale_input:
             y_PH.mul_(weight_P1)
-        out_TH.index_add_(0, token_P, y_PH)
+        out_TH.index_add_(0, token_P, y_PH[: len(token_P)])
 
 
 def experts_backward(
@@ -168,9 +194,9 @@ def experts_backward(
     for expert in reversed(dispatch.ranges):
         where = dispatch.ranges[expert]
         token_P, slot_P = dispatch.token_P[where], dispatch.slot_P[where]
-        weight_P1 = weights_TK[token_P, slot_P].unsqueeze(1)
         gate_up_pair, down_pair = lora.pairs(expert)
-        x_PH, dy_PH = x_TH[token_P], dout_TH[token_P]
+        x_PH, dy_PH = _gathered(x_TH, token_P), _gathered(dout_TH, token_P)
+        weight_P1 = _weights_of(weights_TK, token_P, slot_P, len(x_PH))
         scaled_PH = x_PH * weight_P1 if scale_input else x_PH
         with take(expert) as weights:
             gate_up_PF = _add_adapter(
@@ -192,7 +218,8 @@ def experts_backward(
                     dz_PR = (dy_PH @ down_pair.b.to(dy_PH.dtype)).mul_(down_pair.scaling)
                 add_input_gradient(dh_PI, dz_PR, down_pair)
             if not scale_input:
-                dweights_TK[token_P, slot_P] = (dh_PI * h_PI).sum(-1, dtype=torch.float32)
+                dweight_P = (dh_PI * h_PI).sum(-1, dtype=torch.float32)
+                dweights_TK[token_P, slot_P] = dweight_P[: len(token_P)]
                 dh_PI.mul_(weight_P1)
 
             dgate_up_PF = torch.empty_like(gate_up_PF)
@@ -206,7 +233,8 @@ def experts_backward(
                 lora.gate_up.accumulate(expert, da_RH, db_FR)
                 add_input_gradient(dx_PH, dz_PR, gate_up_pair)
         if scale_input:
-            dweights_TK[token_P, slot_P] = (dx_PH * x_PH).sum(-1, dtype=torch.float32)
+            dweight_P = (dx_PH * x_PH).sum(-1, dtype=torch.float32)
+            dweights_TK[token_P, slot_P] = dweight_P[: len(token_P)]
             dx_PH.mul_(weight_P1)
-        dx_TH.index_add_(0, token_P, dx_PH)
+        dx_TH.index_add_(0, token_P, dx_PH[: len(token_P)])
     return dx_TH, dweights_TK

@@ -224,7 +224,9 @@ class RaggedAttention:
     """The attention core of training: whole sequences lie end to end, nothing is padded.
 
     Chunked attention is causal attention over chunks: a sequence is cut where its positions reach a
-    multiple of the chunk's size. Sequences (or chunks) of one length go through one call.
+    multiple of the chunk's size. Sequences (or chunks) of about one length go through one call: the
+    shorter ones run on into the tokens that follow, which a causal mask keeps from being seen, and
+    what these give is dropped. So there are few shapes, and kernels are compiled for a shape.
 
     Args:
         lengths: tokens of each sequence.
@@ -255,26 +257,34 @@ class RaggedAttention:
         chunk_size: int | None = None,
     ) -> Tensor:
         pieces = self._pieces(chunk_size)
-        if len(set(pieces)) == 1:
+        if len(set(pieces)) == 1 and pieces[0] == _rounded(pieces[0]):
             shape = (len(pieces), pieces[0])
             q, k, v = (tensor.unflatten(0, shape) for tensor in (q_TAD, k_TKD, v_TKD))
             return causal_attention(q, k, v, scale).flatten(0, 1)
 
-        starts: dict[int, list[int]] = {}
+        starts: dict[int, list[tuple[int, int]]] = {}
         start = 0
         for length in pieces:
-            starts.setdefault(length, []).append(start)
+            starts.setdefault(_rounded(length), []).append((start, length))
             start += length
         outputs, order = [], []
         for length, places in starts.items():
-            index = (torch.tensor(places)[:, None] + torch.arange(length)).flatten()
-            index_P = index.to(q_TAD.device)
+            # Beyond the last token there is nothing to run into: it stands in for what follows.
+            index = torch.tensor([at for at, _ in places])[:, None] + torch.arange(length)
+            index_P = index.flatten().clamp_max_(start - 1).to(q_TAD.device)
             shape = (len(places), length)
             q, k, v = (tensor[index_P].unflatten(0, shape) for tensor in (q_TAD, k_TKD, v_TKD))
-            outputs.append(causal_attention(q, k, v, scale).flatten(0, 1))
-            order.append(index)
+            out = causal_attention(q, k, v, scale)
+            outputs += [out[row, :real] for row, (_, real) in enumerate(places)]
+            order += [torch.arange(at, at + real) for at, real in places]
         inverse = torch.argsort(torch.cat(order)).to(q_TAD.device)
         return torch.cat(outputs)[inverse]
+
+
+def _rounded(length: int) -> int:
+    """The next of the few lengths that attention is called with."""
+    step = 16 if length <= _QUERY_BLOCK else _QUERY_BLOCK
+    return -(-length // step) * step
 
 
 class CachedAttention:

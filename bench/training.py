@@ -5,10 +5,10 @@
 mini-mixtral, LoRA r=16, bf16, one optimizer step of 16 sequences of 512 tokens, all of which carry
 loss. Lamina streams from an NF4 store on disk with a weight cache of a quarter of the store; the
 reference is transformers with `experts_implementation="grouped_mm"`, gradient checkpointing and 4
-micro-batches. Each measurement is a process of its own, and pairs alternate, so that a machine whose
-speed drifts slows both. Prints a Markdown table.
+micro-batches. Each measurement is a process of its own, and pairs alternate, so that a machine
+whose speed drifts slows both. Prints a Markdown table.
 
-The memory of a process is its peak resident set, Python and libraries included, less nothing.
+The memory of a process is its peak resident set, Python and libraries included.
 """
 
 from __future__ import annotations

@@ -104,9 +104,9 @@ class Dispatch:
         return cls(order // top_k, order % top_k, ranges)
 
 
-#: An expert's tokens are filled up with rows of zeros to a multiple of this: oneDNN compiles a kernel
-#: for each new shape (1 ms and 0.6 MB), and token counts are hardly ever the same. A row of zeros
-#: gives zeros, forward and backward.
+#: An expert's tokens are filled up with rows of zeros to a multiple of this: oneDNN compiles a
+#: kernel for each new shape (1 ms, 0.6 MB), and token counts are hardly ever the same. A row of
+#: zeros gives zeros, forward and backward.
 _ROWS = 64
 
 

@@ -9,7 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina.data.messages import Conversation, Message, RowError, Text, ToolCall
+from lamina.data.messages import (
+    Conversation,
+    Feedback,
+    Message,
+    Preference,
+    RowError,
+    Segment,
+    Segments,
+    Text,
+    Tokens,
+    ToolCall,
+)
 from lamina.data.template import Renderer
 from lamina.errors import DataError
 
@@ -28,7 +39,7 @@ def renderer(smol: Any) -> Renderer:
     return Renderer(smol)
 
 
-def learned(renderer: Renderer, conversation: Conversation | Text) -> list[str]:
+def learned(renderer: Renderer, conversation: Any) -> list[str]:
     """The learned text, a string for each run of learned tokens."""
     (sample,) = renderer.render(conversation)
     runs = itertools.groupby(
@@ -318,3 +329,79 @@ def test_sentencepiece_spaces_are_not_put_inside(smol: Any) -> None:
     tokens = tokenizer.convert_ids_to_tokens(sample.input_ids.tolist())
     answers = [t for t, flag in zip(tokens, sample.loss_mask, strict=True) if flag]
     assert answers == ["▁", "y", "o", "</s>", "▁", "c", "d", "</s>"]
+
+
+# -- masks and other examples ---------------------------------------------------------------------
+
+
+def test_only_the_last_turn(smol: Any) -> None:
+    renderer = Renderer(smol, mask="last")
+    conversation = chat("a", "first", "b", "second", "unanswered")
+    assert learned(renderer, conversation) == ["second<|im_end|>"]
+    plain = Renderer(smol).render(conversation)[0].input_ids.tolist()
+    assert renderer.render(conversation)[0].input_ids.tolist() == plain
+    conversation.messages[3].train = False
+    with pytest.raises(DataError, match="its last assistant turn is flagged"):
+        renderer.render(conversation)
+
+
+def test_a_template_that_forgets_can_learn_the_last_turn(smol: Any) -> None:
+    tokenizer = copy.deepcopy(smol)
+    tokenizer.chat_template = CHATML.replace(
+        "CONTENT", "(m.content if loop.last else m.content.split('</think>')[-1])"
+    )
+    renderer = Renderer(tokenizer, mask="last")
+    assert learned(renderer, chat("a", "<think>x</think>b", "c", "<think>y</think>d")) == [
+        "<think>y</think>d<|im_end|>"
+    ]
+
+
+def test_only_flagged_turns(smol: Any) -> None:
+    renderer = Renderer(smol, mask="flagged")
+    conversation = chat("a", "first", "b", "second")
+    with pytest.raises(DataError, match="no assistant turn is flagged to be trained"):
+        renderer.render(conversation)
+    conversation.messages[1].train = True
+    assert learned(renderer, conversation) == ["first<|im_end|>"]
+
+
+def test_every_token(smol: Any, llama_tokenizer: Any, mistral_tokenizer: Any) -> None:
+    conversation = chat("a", "b", "c", "d", "unanswered", system="s")
+    for tokenizer in (smol, llama_tokenizer, mistral_tokenizer):
+        (sample,) = Renderer(tokenizer, mask="all").render(conversation)
+        assert sample.loss_mask.tolist() == [False] + [True] * (len(sample.input_ids) - 1)
+        text = tokenizer.decode(sample.input_ids)
+        assert "unanswered" in text
+        if tokenizer is smol:
+            assert text == tokenizer.apply_chat_template(as_dicts(conversation), tokenize=False)
+
+
+def test_prompts_with_completions(renderer: Renderer, smol: Any) -> None:
+    example = Segments([Segment("2 + 2 =", False), Segment(" 4", True)])
+    (sample,) = renderer.render(example)
+    assert smol.decode(sample.input_ids) == "2 + 2 = 4<|im_end|>"
+    assert learned(renderer, example) == [" 4<|im_end|>"]
+    everything = Renderer(smol, mask="all")
+    assert learned(everything, example) == [" + 2 = 4<|im_end|>"]
+    written = Segments([Segment("<|im_start|>user\nHi", False), Segment("Yo", True)], closed=False)
+    assert learned(renderer, written) == ["Yo"]
+
+
+def test_tokens_as_they_are(renderer: Renderer) -> None:
+    example = Tokens([5, 6, 7, 8], [-100, 6, -100, 8])
+    (sample,) = renderer.render(example)
+    assert sample.input_ids.tolist() == [5, 6, 7, 8]
+    assert sample.loss_mask.tolist() == [False, True, False, True]
+    assert sample.labels.tolist() == [-100, 6, -100, 8]
+    with pytest.raises(DataError, match="the token 99999999, but the vocabulary has"):
+        renderer.render(Tokens([1, 99999999], [1, 99999999]))
+
+
+def test_pairs_and_verdicts(renderer: Renderer) -> None:
+    prompt = [Message("user", "a"), Message("assistant", "not this"), Message("user", "b")]
+    good, bad = [Message("assistant", "good")], [Message("assistant", "bad")]
+    assert learned(renderer, Preference(prompt, good, bad)) == ["good<|im_end|>"]
+    assert prompt[1].train is None
+    assert learned(renderer, Preference("a ", "good", "bad")) == ["good<|im_end|>"]
+    assert learned(renderer, Feedback(prompt, good, True)) == ["good<|im_end|>"]
+    assert renderer.render(Feedback(prompt, good, False)) == []

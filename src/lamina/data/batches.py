@@ -17,6 +17,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from lamina.data.order import fill, shuffled
 from lamina.data.template import Sample
 from lamina.errors import DataError
 
@@ -148,7 +149,6 @@ class Steps:
         shuffle: bool,
     ):
         self._samples = samples
-        self._tokens_per_step = tokens_per_step
         self._seed = seed
         self._shuffle = shuffle
         self._lengths = np.asarray(samples.lengths, dtype=np.int64)
@@ -161,7 +161,7 @@ class Steps:
                 max_steps is not None and steps >= max_steps
             ):
                 break
-            starts = self._fill(self._order(epoch))
+            starts = fill(self._lengths[self._order(epoch)], tokens_per_step)
             self._starts.append(starts)
             steps += len(starts) - 1
         self._len = steps if max_steps is None else min(steps, max_steps)
@@ -211,17 +211,9 @@ class Steps:
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if self._cached is None or self._cached[0] != epoch:
             size = len(self._lengths)
-            order = _shuffled(size, self._seed, epoch) if self._shuffle else np.arange(size)
+            order = shuffled(size, self._seed, epoch) if self._shuffle else np.arange(size)
             self._cached = (epoch, order)
         return self._cached[1]
-
-    def _fill(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
-        ends = np.cumsum(self._lengths[order])
-        starts = [0]
-        while starts[-1] < len(order):
-            done = int(ends[starts[-1] - 1]) if starts[-1] else 0
-            starts.append(int(np.searchsorted(ends, done + self._tokens_per_step, side="right")))
-        return np.array(starts, dtype=np.int64)
 
 
 def plan_steps(
@@ -265,21 +257,3 @@ def plan_steps(
     return Steps(
         samples, tokens_per_step, epochs=epochs, max_steps=max_steps, seed=seed, shuffle=shuffle
     )
-
-
-def _shuffled(size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """A permutation that depends on its arguments alone: numpy's own may change with its version,
-    and a run must be resumable for years. Each index gets a key from SplitMix64."""
-    with np.errstate(over="ignore"):
-        base = _mix(_mix(np.array([seed], dtype=np.int64).view(np.uint64)) + np.uint64(epoch + 1))
-        keys = _mix(base + np.arange(size, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-    return np.argsort(keys, kind="stable")
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finalizer."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: NDArray[np.uint64] = x ^ (x >> np.uint64(31))
-    return mixed

@@ -76,6 +76,12 @@ class Rejects:
         self._file.write(lines)
         self.count += count
 
+    def finished(self) -> Path | None:
+        """The file, if there is one; one of an earlier time is removed."""
+        if not self.count:
+            self.path.unlink(missing_ok=True)
+        return self.path if self.count else None
+
 
 def rejected_line(name: str, raw: RawRow, reason: RowError) -> bytes:
     """A rejected row as a line: an object with `file`, `line`, `code`, `reason`, and the row as
@@ -120,9 +126,7 @@ def convert(
             else:
                 _convert_rows(data, index, result, writer, rejects, progress)
     result.rejected = rejects.count
-    if not result.rejected:
-        rejects_file.unlink(missing_ok=True)  # of an earlier conversion
-    result.rejected_file = rejects_file if result.rejected else None
+    result.rejected_file = rejects.finished()
     return result
 
 

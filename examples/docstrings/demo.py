@@ -38,12 +38,12 @@ OVERRIDES = [
     "target_modules=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
     "tokens_per_step=2048",
     "max_length=512",
-    "max_steps=24",
-    "warmup_steps=2",
+    "max_steps=20",
+    "warmup_steps=1",
     "learning_rate=1e-3",
 ]
-#: An answer has at most 80 tokens. A model that hasn't learned to end one talks on.
-MAX_NEW_TOKENS = 96
+#: The longest right answer has 70. A model that hasn't learned to end one talks on.
+MAX_NEW_TOKENS = 80
 #: The shares of right answers that make the demo fail.
 MOST_BEFORE, LEAST_AFTER = 0.10, 0.80
 

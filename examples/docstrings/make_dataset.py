@@ -62,6 +62,8 @@ MAX_BODY = 200
 #: Rows of one module, so that no large module drowns the others.
 MAX_TRAIN_ROWS = 16
 MAX_HELD_OUT_ROWS = 3
+#: Held-out rows in all: as many as are soon answered.
+HELD_OUT_ROWS = 48
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Entry:
         """The conversation, as a chat row."""
         indented = "\n".join(f"    {line}".rstrip() for line in self.body.splitlines())
         question = (
-            f"Help on {self.kind} {self.name} in module {self.module}:\n\n"
+            f'Help on {self.kind} "{self.name}" in module "{self.module}":\n\n'
             f"{self.signature}\n{indented}"
         )
         answer = json.dumps({key: getattr(self, key) for key in KEYS})
@@ -129,24 +131,26 @@ def make_dataset(folder: Path) -> dict[str, int]:
     by_module: dict[str, list[Entry]] = {}
     for entry in entries():
         by_module.setdefault(entry.module, []).append(entry)
-    parts: dict[bool, list[Entry]] = {False: [], True: []}
-    modules = {False: 0, True: 0}
+    train: list[Entry] = []
+    kept: list[Entry] = []
     for name, found in by_module.items():
-        out = held_out(name)
         # Chosen and ordered by a checksum: neighbours in a module are often alike.
         found.sort(key=_shuffled)
-        parts[out] += found[: MAX_HELD_OUT_ROWS if out else MAX_TRAIN_ROWS]
-        modules[out] += 1
+        if held_out(name):
+            kept += found[:MAX_HELD_OUT_ROWS]
+        else:
+            train += found[:MAX_TRAIN_ROWS]
+    train.sort(key=_shuffled)
+    kept = sorted(kept, key=_shuffled)[:HELD_OUT_ROWS]
     folder.mkdir(parents=True, exist_ok=True)
-    for out, file in ((False, "train.jsonl"), (True, "held-out.jsonl")):
-        parts[out].sort(key=_shuffled)
-        lines = [json.dumps(entry.row()) + "\n" for entry in parts[out]]
+    for rows, file in ((train, "train.jsonl"), (kept, "held-out.jsonl")):
+        lines = [json.dumps(entry.row()) + "\n" for entry in rows]
         (folder / file).write_text("".join(lines), encoding="utf-8")
     return {
-        "train": len(parts[False]),
-        "train_modules": modules[False],
-        "held_out": len(parts[True]),
-        "held_out_modules": modules[True],
+        "train": len(train),
+        "train_modules": len({entry.module for entry in train}),
+        "held_out": len(kept),
+        "held_out_modules": len({entry.module for entry in kept}),
     }
 
 
@@ -202,6 +206,7 @@ def _entry(module: str, kind: str, full: str, name: str, value: Any) -> Entry | 
     if (
         len(signature) > MAX_SIGNATURE
         or not 12 <= len(summary) <= MAX_SUMMARY
+        or not summary[0].isalpha()
         or not (text.isascii() and text.replace("\n", " ").isprintable())
         # What would be escaped in JSON, or shows where an object lies in memory.
         or any(mark in signature + summary for mark in ('"', "\\", "<"))

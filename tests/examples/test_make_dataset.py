@@ -62,7 +62,7 @@ def test_answers_are_in_their_questions(made: tuple[Path, dict[str, int]], name:
         assert "\n" not in text
         heading, blank, signature, *body = question.split("\n")
         assert blank == ""
-        assert heading.endswith(f" {answer['name']} in module {answer['module']}:")
+        assert heading.endswith(f' "{answer["name"]}" in module "{answer["module"]}":')
         assert signature == answer["signature"]
         assert signature.startswith(answer["name"].rsplit(".", 1)[-1] + "(")
         assert answer["summary"] in " ".join(" ".join(body).split())
@@ -120,7 +120,7 @@ def test_entry_of_a_function() -> None:
     entry = make_dataset._entry("m", "function", "documented", "documented", documented)
     assert entry is not None
     assert entry.row()["messages"][1]["content"] == (
-        "Help on function documented in module m:\n\n"
+        'Help on function "documented" in module "m":\n\n'
         "documented(first, *, second='x')\n"
         "    Do a fine thing. And another.\n\n    At length."
     )

@@ -193,22 +193,20 @@ def _examined(data: Input, index: int, options: _Options) -> Iterator[Result]:
         result = examiner.examine((row.raw, row.shape, row.example) for row in batch)
         if renderer is not None:
             begin = time.perf_counter()
-            result.bad += _examine_tokens(result, batch, renderer, options.max_length, lossy)
+            _examine_tokens(result, batch, renderer, options.max_length, lossy)
             options.checker.seconds["tokens"] += time.perf_counter() - begin
         yield result
 
 
 def _examine_tokens(
     result: Result, batch: list[Row], renderer: Renderer, max_length: int | None, lossy: bool
-) -> int:
-    """Add what is only seen when rows are tokenized. Returns how many rows have an error."""
+) -> None:
+    """Add what is only seen when rows are tokenized."""
     numbers = [k for k, row in enumerate(batch) if not isinstance(row.example, RowError)]
     examples = [row.example for row in batch if not isinstance(row.example, RowError)]
-    bad = 0
     for number, rendered in zip(numbers, renderer.render_many(examples), strict=True):
         if isinstance(rendered, RowError):
             result.add(rendered.code, number, rendered.message)
-            bad += 1
             continue
         longest = max((len(sample.input_ids) for sample in rendered), default=0)
         if max_length is not None and longest > max_length:
@@ -218,7 +216,6 @@ def _examine_tokens(
             if not text.isascii() and not renderer.keeps(text):
                 result.add("unencodable", number, f"loses characters of {place}")
                 break
-    return bad
 
 
 class _Checker:
@@ -250,7 +247,7 @@ class _Checker:
         start = self.rows
         self.places.add(source, result.lines)
         self.rows += len(result.lines)
-        self.bad_rows += result.bad
+        self.bad_rows += len(result.bad)
         self.shapes.update(result.shapes)
         for code, count in result.counts.items():
             self.findings.count(code, count)

@@ -40,7 +40,7 @@ class Result:
 
     Args:
         lines: the line of each row.
-        bad: how many rows have an error.
+        bad: the rows that have an error.
         shapes: how many rows have each shape.
         counts: how many times each code was found.
         first: for each code, the first rows that have it, with what is wrong.
@@ -50,7 +50,7 @@ class Result:
     """
 
     lines: array[int] = field(default_factory=lambda: array("q"))
-    bad: int = 0
+    bad: set[int] = field(default_factory=set)
     shapes: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
@@ -62,13 +62,15 @@ class Result:
 
     def add(self, code: str, row: int, message: str) -> None:
         self.counts[code] += 1
+        if CODES[code].severity == "error":
+            self.bad.add(row)
         shown = self.first.setdefault(code, [])
         if len(shown) < SHOWN:
             shown.append((row, message))
 
     def to_message(self) -> Message:
         values = {
-            "bad": self.bad,
+            "bad": sorted(self.bad),
             "shapes": self.shapes,
             "counts": self.counts,
             "first": self.first,
@@ -82,7 +84,7 @@ class Result:
     def from_message(message: Message) -> Result:
         values, blobs = message.values, message.blobs
         result = Result(
-            bad=values["bad"],
+            bad=set(values["bad"]),
             shapes=Counter(values["shapes"]),
             counts=Counter(values["counts"]),
             first={code: [(r, text) for r, text in rows] for code, rows in values["first"].items()},
@@ -133,10 +135,8 @@ class Examiner:
         texts: list[str] = []
         for number, (raw, shape, example) in enumerate(rows):
             result.lines.append(raw.line)
-            found = list(self._findings(raw, shape, example))
-            for code, message in found:
+            for code, message in self._findings(raw, shape, example):
                 result.add(code, number, message)
-            result.bad += any(CODES[code].severity == "error" for code, _ in found)
             if shape is not None:
                 result.shapes[shape.name] += 1
             if isinstance(example, RowError):

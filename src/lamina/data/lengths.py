@@ -1,13 +1,8 @@
 """What happens to samples that are longer than a run allows.
 
-* `drop`: they are left out.
-* `truncate`: a conversation loses its last exchanges, down to one that fits; if not even the first
-  exchange does, its answer is cut. Of a text, the beginning is kept.
-* `split`: a conversation becomes several, cut between exchanges, each with the system prompt; a
-  text becomes windows, in which every token is learned once.
-
-An *exchange* is a user's turn with all that follows it, up to the next one: calls of tools are
-never separated from their results. No sample is left without a token to learn.
+The policies are in `POLICIES`. An *exchange* is a user's turn with all that follows it, up to the
+next one: calls of tools are never separated from their results. No sample is left without a token
+to learn.
 """
 
 from __future__ import annotations
@@ -15,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 from lamina.data.messages import (
     Conversation,
@@ -33,7 +28,14 @@ from lamina.data.template import Renderer, Sample, answered
 __all__ = ["POLICIES", "TooLong", "fit"]
 
 TooLong = Literal["drop", "truncate", "split"]
-POLICIES: tuple[str, ...] = get_args(TooLong)
+
+POLICIES: dict[TooLong, str] = {
+    "drop": "they are left out",
+    "truncate": "a conversation loses its last exchanges, down to one that fits; if not even the "
+    "first exchange does, its answer is cut; of a text, the beginning is kept",
+    "split": "a conversation becomes several, cut between exchanges, each with the system prompt; "
+    "a text becomes windows, in which every token is learned once",
+}
 
 
 def fit(

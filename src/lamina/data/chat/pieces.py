@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 from lamina.data.messages import Conversation, Message, RowError
 
 __all__ = ["MASKS", "ChatTemplate", "Mask", "Piece", "learned_turns", "tool_function"]
 
-#: What is learned.
-#:
-#: * `assistant`: every assistant turn that isn't flagged `train: false` (or weight 0).
-#: * `last`: only the last assistant turn.
-#: * `flagged`: only assistant turns flagged `train: true` (or weight 1).
-#: * `all`: every token, prompts included.
+#: What is learned of a conversation: see `MASKS`.
 Mask = Literal["assistant", "last", "flagged", "all"]
-MASKS: tuple[str, ...] = get_args(Mask)
+
+MASKS: dict[Mask, str] = {
+    "assistant": "every assistant turn that isn't flagged `train: false` (or weight 0)",
+    "last": "only the last assistant turn",
+    "flagged": "only assistant turns flagged `train: true` (or weight 1)",
+    "all": "every token, prompts included",
+}
 
 
 @dataclass(slots=True)

@@ -24,6 +24,11 @@ __all__ = ["Alpaca", "Table", "instruction"]
 class Alpaca(Shape):
     name = "alpaca"
     title = "Alpaca instructions"
+    about = (
+        "The user says the `instruction` and, if there is one, the `input` on the next line; the "
+        "assistant answers with the `output`. `system` is the system prompt, `history` a list of "
+        "earlier questions with their answers, which are learned too."
+    )
     columns = frozenset({"instruction", "input", "output", "system", "history"})
     row: ClassVar[dict[str, Any]] = {
         "instruction": "Add the numbers.",
@@ -60,6 +65,10 @@ class Alpaca(Shape):
 class Table(Shape):
     name = "table"
     title = "question and answer columns, mapped to `user` and `assistant`"
+    about = (
+        "For tables of questions and answers: map the columns, as in `--map user=question "
+        "assistant=answer` (and `system=...`). They become a conversation of one exchange."
+    )
     columns = frozenset({"user", "assistant", "system"})
     row: ClassVar[dict[str, Any]] = {"user": "What is 2 + 2?", "assistant": "4"}
 

@@ -29,6 +29,7 @@ class Shape(ABC):
     Class attributes:
         name: as a user writes it.
         title: what it is, in a few words.
+        about: how it is understood, in a few sentences.
         columns: the columns that it gives a meaning.
         includes: other shapes that also fit its rows, being a part of them.
         row: a minimal row, for the documentation and its test.
@@ -36,6 +37,7 @@ class Shape(ABC):
 
     name: ClassVar[str]
     title: ClassVar[str]
+    about: ClassVar[str]
     columns: ClassVar[frozenset[str]]
     includes: ClassVar[tuple[str, ...]] = ()
     row: ClassVar[dict[str, Any]]

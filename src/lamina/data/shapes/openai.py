@@ -27,6 +27,12 @@ _ROLE_SPELLINGS = {"developer": "system", "function": "tool"}
 class OpenAI(Shape):
     name = "messages"
     title = "OpenAI messages"
+    about = (
+        "Each message has a `role` (`system`, `user`, `assistant` or `tool`; `developer` and "
+        "`function` are other spellings) and a `content`: a text, a list of typed text parts, or "
+        "null beside `tool_calls`. `weight` 0 or 1 says whether an answer is learned, and so does "
+        "`train`. `tools` holds the tools on offer. Images and other parts are refused."
+    )
     columns = frozenset({"messages", "tools", "parallel_tool_calls", "functions"})
     row: ClassVar[dict[str, Any]] = {
         "messages": [

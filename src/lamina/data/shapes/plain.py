@@ -33,6 +33,11 @@ __all__ = ["InputOutput", "PromptCompletion", "RawText", "Tokenized", "untrained
 class PromptCompletion(Shape):
     name = "prompt-completion"
     title = "prompts with completions"
+    about = (
+        "If both are texts, no chat template is used: the prompt is read, the completion and an "
+        "end of text are learned, and they are joined without anything between them. If both are "
+        "lists of messages, they are a conversation of which only the completion is learned."
+    )
     columns = frozenset({"prompt", "completion", "tools"})
     row: ClassVar[dict[str, Any]] = {"prompt": "2 + 2 =", "completion": " 4"}
 
@@ -102,6 +107,10 @@ def untrained(messages: list[Message]) -> list[Message]:
 class InputOutput(Shape):
     name = "input-output"
     title = "Axolotl's segments"
+    about = (
+        "Pieces of text that are learned (`label` true) or only read. All control tokens stand in "
+        "the text; none are added but a beginning of text, if the tokenizer wants one."
+    )
     columns = frozenset({"segments"})
     row: ClassVar[dict[str, Any]] = {
         "segments": [
@@ -141,6 +150,7 @@ class InputOutput(Shape):
 class RawText(Shape):
     name = "text"
     title = "raw text"
+    about = "The whole text is learned, and an end of text after it."
     columns = frozenset({"text"})
     row: ClassVar[dict[str, Any]] = {"text": "Two and two make four."}
 
@@ -160,6 +170,11 @@ class RawText(Shape):
 class Tokenized(Shape):
     name = "tokens"
     title = "tokens with labels"
+    about = (
+        "Tokens of the model's own vocabulary, used as they are. A label is its token's id where "
+        "it is learned, and -100 elsewhere; without labels everything is learned. Tokens with an "
+        "`attention_mask` of 0 are padding, and are left out."
+    )
     columns = frozenset({"input_ids", "labels", "attention_mask"})
     row: ClassVar[dict[str, Any]] = {
         "input_ids": [1, 733, 16289, 4],

@@ -28,6 +28,11 @@ __all__ = ["KTO", "OpenAIPreference", "PreferencePairs", "Ranking"]
 class PreferencePairs(Shape):
     name = "preference"
     title = "preference pairs"
+    about = (
+        "All three are texts, or all three are lists of messages (the prompt may then be one "
+        "text). Without a prompt, both answers begin with it, and what they share is the prompt. "
+        "Supervised training learns the chosen answer."
+    )
     columns = frozenset({"prompt", "chosen", "rejected", "tools"})
     row: ClassVar[dict[str, Any]] = {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}
 
@@ -80,6 +85,10 @@ class PreferencePairs(Shape):
 class OpenAIPreference(Shape):
     name = "openai-preference"
     title = "OpenAI's preference format"
+    about = (
+        "`input` holds the messages of the prompt and perhaps tools; the two outputs are lists of "
+        "messages."
+    )
     columns = frozenset({"input", "preferred_output", "non_preferred_output"})
     row: ClassVar[dict[str, Any]] = {
         "input": {"messages": [{"role": "user", "content": "What is 2 + 2?"}]},
@@ -120,6 +129,10 @@ class OpenAIPreference(Shape):
 class Ranking(Shape):
     name = "ranking"
     title = "LLaMA-Factory's ranking form"
+    about = (
+        "A ShareGPT prompt with two turns to choose from, or an Alpaca `instruction` with two "
+        "texts."
+    )
     includes = ("sharegpt", "alpaca")
     columns = frozenset(
         {"conversations", "instruction", "input", "system", "tools", "chosen", "rejected"}
@@ -173,6 +186,10 @@ class Ranking(Shape):
 class KTO(Shape):
     name = "feedback"
     title = "answers with a verdict (KTO)"
+    about = (
+        "`label` is true for an answer that somebody liked. Supervised training learns these and "
+        "leaves out the others."
+    )
     columns = frozenset({"prompt", "completion", "label", "tools"})
     row: ClassVar[dict[str, Any]] = {"prompt": "2 + 2 =", "completion": " 4", "label": True}
 

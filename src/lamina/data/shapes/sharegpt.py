@@ -54,6 +54,14 @@ _WRITTEN: dict[Role, str] = {
 class ShareGPT(Shape):
     name = "sharegpt"
     title = "ShareGPT conversations"
+    about = (
+        "Each turn has `from` and `value`. The user is `human`, `user` or `prompter`; the "
+        "assistant `gpt`, `assistant`, `chatgpt`, `model` or `bot`; a tool's result "
+        "`observation`, `tool`, `tool_response`, `function_response` or `function`. A turn from "
+        "`function_call` or `tool_call` holds a call as JSON, or a list of calls. A `system` "
+        "column is the system prompt; a `tools` column holds tools as JSON. The column may also be "
+        "called `conversation` or `messages`."
+    )
     columns = frozenset({"conversations", "conversation", "messages", "system", "tools"})
     row: ClassVar[dict[str, Any]] = {
         "conversations": [

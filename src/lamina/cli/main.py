@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from lamina import __version__
-from lamina.cli import recipes, store
+from lamina.cli import data, recipes, store
 from lamina.cli.chat import chat
 from lamina.cli.eval import evaluate
 from lamina.cli.generate import generate
@@ -41,6 +41,7 @@ app = typer.Typer(
 app.add_typer(recipes.app, name="recipes")
 app.command()(prepare)
 app.add_typer(store.app, name="store")
+app.add_typer(data.app, name="data")
 app.command()(tune)
 app.command("eval")(evaluate)
 app.command()(generate)

@@ -1,0 +1,254 @@
+"""What the `lamina data` commands take: files, and how to understand them."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lamina.cli.inputs import did_you_mean
+from lamina.cli.recipes import complete_names
+from lamina.cli.terminal import console
+from lamina.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from lamina.data.formats import Input
+
+__all__ = [
+    "Columns",
+    "Files",
+    "Force",
+    "Format",
+    "MaskPolicy",
+    "MaxLength",
+    "ModelName",
+    "RecipeName",
+    "TextRowsName",
+    "TooLongPolicy",
+    "complete_formats",
+    "no_such_choice",
+    "open_input",
+    "row_progress",
+]
+
+
+def complete_formats(incomplete: str) -> list[str]:
+    """For the shell's completion."""
+    from lamina.data.shapes import SHAPES
+
+    return [shape.name for shape in SHAPES if shape.name.startswith(incomplete)]
+
+
+def _complete_masks(incomplete: str) -> list[str]:
+    from lamina.data.chat.pieces import MASKS
+
+    return [mask for mask in MASKS if mask.startswith(incomplete)]
+
+
+Files = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="FILE",
+        show_default=False,
+        help="Data files, patterns such as 'part-*.jsonl', folders saved with save_to_disk, or "
+        "datasets on the hub (owner/name, owner/name:config@split).",
+    ),
+]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        help="The format of all rows, where it shouldn't be found row by row.",
+        autocompletion=complete_formats,
+    ),
+]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--map",
+        metavar="NAME=COLUMN,...",
+        help="What columns are called here: question=Frage,answer=Antwort. May be given again.",
+    ),
+]
+TextRowsName = Annotated[
+    str,
+    typer.Option(
+        "--text-rows",
+        metavar="WHAT",
+        help="What a row of a plain text file is: document, paragraph or line.",
+    ),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="Whose tokenizer and chat template: a recipe, the folder of a store, a checkpoint or "
+        "a run, or a name on the hub.",
+        autocompletion=complete_names,
+    ),
+]
+RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="NAME",
+        help="A recipe, for its model and its limits.",
+        autocompletion=complete_names,
+    ),
+]
+MaskPolicy = Annotated[
+    str,
+    typer.Option(
+        "--mask",
+        metavar="POLICY",
+        help="What is learned: assistant, last, flagged or all.",
+        autocompletion=_complete_masks,
+    ),
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        "--max-length",
+        metavar="N",
+        min=2,
+        help="The most tokens a row may have, instead of the recipe's.",
+    ),
+]
+TooLongPolicy = Annotated[
+    str,
+    typer.Option(
+        "--too-long", metavar="POLICY", help="What happens to longer rows: drop, truncate or split."
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Write over files that exist.")]
+
+#: What a table's columns are called in everyday words.
+_ALIASES = {"question": "user", "answer": "assistant"}
+
+
+# -- data -----------------------------------------------------------------------------------------
+
+
+def open_input(
+    files: Sequence[str],
+    format: str | None = None,
+    columns: Sequence[str] | None = None,
+    text_rows: str = "document",
+) -> Input:
+    """The data that a command was given.
+
+    Raises:
+        UsageError: an option has a value that it can't have.
+        DataError: a file isn't there, or can't be data.
+    """
+    from typing import get_args
+
+    from lamina.data.containers import TextRows
+    from lamina.data.formats import Input
+
+    _tell_unprintable_names()
+    if text_rows not in get_args(TextRows):
+        raise no_such_choice("--text-rows", text_rows, get_args(TextRows))
+    if format is not None:
+        from lamina.data.shapes import SHAPES
+
+        if format not in (names := [shape.name for shape in SHAPES]):
+            raise no_such_choice("--format", format, names)
+    mapped = parse_columns(columns or ())
+    problems = [f"{file}: {problem}" for file in files if (problem := _problem(file))]
+    if problems:
+        raise DataError("the data can't be read", problems=problems)
+    return Input(files, shape=format, columns=mapped, text_rows=text_rows)  # type: ignore[arg-type]
+
+
+def parse_columns(given: Sequence[str]) -> dict[str, str]:
+    """`question=Frage,answer=Antwort` as a mapping. A comma may be in a column's name, where no
+    `name=` follows it.
+
+    Raises:
+        UsageError: it doesn't look like that, or says one thing twice.
+    """
+    columns: dict[str, str] = {}
+    for text in given:
+        for pair in re.split(r",(?=\w+=)", text):
+            name, equals, column = pair.partition("=")
+            name = _ALIASES.get(name.strip(), name.strip())
+            if not equals or not name or not column:
+                raise UsageError(
+                    f"--map {text}: {pair!r} is not NAME=COLUMN",
+                    hint="For instance --map question=Frage,answer=Antwort, where 'Frage' and "
+                    "'Antwort' are columns of the file.",
+                )
+            if name in columns:
+                raise UsageError(f"--map: two columns are mapped to {name!r}")
+            columns[name] = column
+    return columns
+
+
+def _problem(file: str) -> str | None:
+    """Why a file can't be data, as far as that can be said before it is opened."""
+    from lamina.data.columnar import hub_name
+
+    path = Path(file)
+    problem = None
+    try:
+        if not path.exists():
+            if "=" in file:
+                problem = "there is no such file (commas join what is mapped: --map a=b,c=d)"
+            elif not any(char in file for char in "*?[") and hub_name(file) is None:
+                problem = f"there is no such file{did_you_mean(path)}"
+        elif path.is_file() and path.stat().st_size == 0:
+            problem = "is empty"
+        elif not path.is_file() and not path.is_dir():
+            problem = "is not an ordinary file, and data is read more than once: save it first"
+    except OSError as error:
+        problem = f"can't be read: {error.strerror}"
+    return problem
+
+
+def _tell_unprintable_names() -> None:
+    """Names of files and texts may hold what a terminal's encoding can't: show it escaped."""
+    reconfigure: Any = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")
+
+
+def no_such_choice(option: str, value: str, known: Sequence[str]) -> UsageError:
+    """The error for a value that isn't one of those known."""
+    return UsageError(
+        f"{option} {value}: there is no such choice", hint=f"There are: {', '.join(known)}."
+    )
+
+
+@contextmanager
+def row_progress(title: str) -> Iterator[Callable[[int], None]]:
+    """On a terminal, a line with the rows done so far and their rate; elsewhere nothing."""
+    out = console()
+    if not out.is_terminal:
+        yield lambda rows: None
+        return
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        TextColumn("{task.fields[rows]}", markup=False),
+        TimeElapsedColumn(),
+        console=out,
+        transient=True,
+    ) as bar:
+        task = bar.add_task(title, total=None, rows="")
+
+        def show(rows: int) -> None:
+            elapsed = bar.tasks[0].elapsed or 0
+            rate = f", {rows / elapsed:,.0f} a second" if elapsed > 1 else ""
+            bar.update(task, rows=f"{rows:,} rows{rate}")
+
+        yield show

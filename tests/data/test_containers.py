@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina.data.columnar import HubName, hub_name
+from lamina.data.columnar import HubName, hub_name, read_hub
 from lamina.data.containers import RawRow, find_sources, read_source
 from lamina.data.jsonio import JsonParser, array_items
 from lamina.data.messages import RowError
@@ -144,6 +144,25 @@ def test_arrow_files(tmp_path: Path) -> None:
     assert values(tmp_path / "renamed.jsonl") == expected
 
 
+def test_texts_in_arrow_files_that_are_not_utf8(tmp_path: Path) -> None:
+    texts = pa.array([b"good", b"\xff\xfe", b"more"], pa.binary()).view(pa.utf8())
+    table = pa.table({"text": texts})
+    with pa.ipc.new_file(str(tmp_path / "x.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    good, bad, more = values(tmp_path / "x.arrow")
+    assert (good, bad.code, more) == ({"text": "good"}, "encoding", {"text": "more"})
+
+
+def test_damaged_offsets_are_not_followed(tmp_path: Path) -> None:
+    offsets = pa.array([0, 4, 2**31 - 1, 5], pa.int32()).buffers()[1]
+    texts = pa.Array.from_buffers(pa.utf8(), 3, [None, offsets, pa.py_buffer(b"good.")])
+    table = pa.table({"text": texts})
+    with pa.ipc.new_file(str(tmp_path / "x.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(DataError, match="damaged"):
+        values(tmp_path / "x.arrow")
+
+
 def test_saved_datasets(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     folder = tmp_path / "saved"
@@ -163,6 +182,19 @@ def test_names_of_hub_datasets(tmp_path: Path) -> None:
     assert str(HubName("owner/name", "config", "test")) == "owner/name:config@test"
     for path in ("data.jsonl", "folder/data.jsonl", "/a/b", "a/b/c", "a/b.csv.gz"):
         assert hub_name(path) is None
+
+
+def test_datasets_are_streamed_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    # `datasets` takes a folder for a dataset's name too, which needs no network.
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS[:2])
+    save(tmp_path / "owner" / "name" / "train.jsonl", lines)
+    monkeypatch.chdir(tmp_path)
+    assert list(read_hub(HubName("owner/name"))) == ROWS[:2]
+    assert list(read_hub(HubName("owner/name", split="train"))) == ROWS[:2]
+    with pytest.raises(DataError, match="owner/name@none can't be read"):
+        list(read_hub(HubName("owner/name", split="none")))
 
 
 def test_damaged_files_are_errors(tmp_path: Path) -> None:

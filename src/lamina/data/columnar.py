@@ -91,12 +91,12 @@ def read_columnar(path: Path, container: str) -> Iterator[dict[str, Any] | RowEr
         if container == "parquet":
             parquet = importlib.import_module("pyarrow.parquet")
             with parquet.ParquetFile(path) as file:
-                yield from _rows(file.iter_batches(batch_size=_BATCH))
+                yield from _rows(file.iter_batches(batch_size=_BATCH), arrow)
         elif container == "arrow":
-            yield from _rows(_arrow_batches(arrow, path))
+            yield from _rows(_arrow_batches(arrow, path), arrow)
         else:
             for part in _saved_files(path):
-                yield from _rows(_arrow_batches(arrow, part))
+                yield from _rows(_arrow_batches(arrow, part), arrow)
     except arrow.ArrowException as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise DataError(f"{path} is damaged or not what it looks like: {reason}.") from error
@@ -165,23 +165,32 @@ def read_hub(name: HubName) -> Iterator[dict[str, Any] | RowError]:
         ) from error
 
 
-def _rows(batches: Iterator[Any]) -> Iterator[dict[str, Any] | RowError]:
+def _rows(batches: Iterator[Any], arrow: Any) -> Iterator[dict[str, Any] | RowError]:
     for batch in batches:
         for start in range(0, batch.num_rows, _BATCH):
             part = batch.slice(start, _BATCH)
             try:
-                yield from map(_pruned, part.to_pylist())
-            except UnicodeDecodeError:
+                yield from _values(part)
+            except (arrow.ArrowInvalid, ValueError, OverflowError):
                 for index in range(part.num_rows):
-                    yield _one_row(part.slice(index, 1))
+                    yield _one_row(part.slice(index, 1), arrow)
 
 
-def _one_row(part: Any) -> dict[str, Any] | RowError:
+def _values(part: Any) -> list[dict[str, Any]]:
+    # Damaged offsets would be followed out of the memory: they have to be looked at first.
+    part.validate(full=True)
+    return [_pruned(row) for row in part.to_pylist()]
+
+
+def _one_row(part: Any, arrow: Any) -> dict[str, Any] | RowError:
     try:
-        (row,) = part.to_pylist()
-        return _pruned(row)
-    except UnicodeDecodeError:
-        return RowError("encoding", "is not UTF-8")
+        return _values(part)[0]
+    except (arrow.ArrowInvalid, ValueError, OverflowError) as error:
+        if "utf8" in str(error).lower() or isinstance(error, UnicodeDecodeError):
+            return RowError("encoding", "is not UTF-8")
+        if isinstance(error, arrow.ArrowInvalid):
+            raise
+        return RowError("wrong-type", f"has a value that can't be read: {error}")
 
 
 def _pruned(row: dict[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class PersonalData:
         logging.getLogger("presidio-analyzer").setLevel(logging.ERROR)
         try:
             module = importlib.import_module("presidio_analyzer.predefined_recognizers")
+            domains = importlib.import_module("tldextract")
         except ImportError as error:
             raise DataError(
                 "Looking for personal data needs the package presidio-analyzer, which is not "
@@ -46,6 +47,11 @@ class PersonalData:
         self._recognizers: list[tuple[Any, str]] = [
             (getattr(module, name)(), kind) for name, kind in _RECOGNIZERS if hasattr(module, name)
         ]
+        # Domains are told by the list in the package: by default it is fetched from the network.
+        known = domains.TLDExtract(suffix_list_urls=(), cache_dir=None)
+        for recognizer, _ in self._recognizers:
+            if type(recognizer).__name__ == "EmailRecognizer":
+                recognizer.validate_result = lambda text: bool(known(text).fqdn)
 
     def kinds(self, text: str) -> list[str]:
         """The kinds of personal data in a text, e.g. `an e-mail address`."""

@@ -89,11 +89,11 @@ tokenized one by one, as inference sees them: the prompt, then what the model wr
 
 _TEMPLATES = """\
 For Llama 4 and Mixtral 8x22B the templates are Lamina's own, and give the same tokens as the
-vendors' encoders. Control tokens written in a message are plain text there. For other models the tokenizer's
-own template is used. It must be *prefix-stable*: what it writes for the beginning of a conversation
-must be the beginning of what it writes for the whole. One that takes back something it has written,
-such as the reasoning of earlier turns, can't be masked turn by turn; it is refused with the reason,
-and can be used to learn only the last turn (`last`).
+vendors' encoders. Control tokens written in a message are plain text there. For other models the
+tokenizer's own template is used. It must be *prefix-stable*: what it writes for the beginning of a
+conversation must be the beginning of what it writes for the whole. One that takes back something it
+has written, such as the reasoning of earlier turns, can't be masked turn by turn; it is refused
+with the reason, and can be used to learn only the last turn (`last`).
 
 Mixtral's format moves the system prompt and the tools into the last user turn. A conversation that
 has either becomes several samples, one for each user turn with a trained answer, each exactly what

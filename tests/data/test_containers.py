@@ -110,6 +110,8 @@ def test_rows_of_tables_that_can_t_be_read(tmp_path: Path) -> None:
     assert good == {"text": "b", "n": "1"}
     (error,) = values(save(tmp_path / "y.csv", 'text\n"open\n'))
     assert error.code == "not-csv"
+    with pytest.raises(DataError, match="not UTF-8 in its header"):
+        values(save(tmp_path / "h.csv", b"te\xffxt\na\n"))
     for header in ("a,a", "a,,b"):
         with pytest.raises(DataError, match="no usable header"):
             values(save(tmp_path / "z.csv", f"{header}\n1,2\n"))

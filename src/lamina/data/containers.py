@@ -348,6 +348,8 @@ def _read_csv(source: Source, file: BinaryIO) -> Iterator[RawRow]:
         header = next(reader, None)
         if header is None:
             return
+        if _is_broken("".join(header)):
+            raise DataError(f"{source.path} is not UTF-8 in its header.", hint="Save it as UTF-8.")
         if not all(header) or len({*header}) != len(header):
             raise DataError(
                 f"{source.path} has no usable header: its first line must name every column, "
@@ -373,12 +375,20 @@ def _csv_row(header: list[str], cells: list[str]) -> dict[str, Any] | RowError:
         )
     row: dict[str, Any] = dict(zip(header, cells, strict=True))
     for key, cell in row.items():
-        if not cell.isascii():
-            try:
-                cell.encode()
-            except UnicodeEncodeError:
-                return RowError("encoding", f"is not UTF-8 in the column {key!r}")
+        if _is_broken(cell):
+            return RowError("encoding", f"is not UTF-8 in the column {key!r}")
     return row
+
+
+def _is_broken(text: str) -> bool:
+    """Whether bytes that aren't UTF-8 were read into a text."""
+    if text.isascii():
+        return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _read_text(file: BinaryIO, text_rows: TextRows) -> Iterator[RawRow]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from pydantic import TypeAdapter
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 __all__ = [
     "ROLES",
@@ -167,4 +168,6 @@ Example = Conversation | Text | Segments | Tokens | Preference | Feedback
 @cache
 def canonical_adapter() -> TypeAdapter[Example]:
     """The pydantic adapter of `Example`: validation, serialization and the JSON schema."""
+    from pydantic import TypeAdapter
+
     return TypeAdapter(Example)

@@ -92,8 +92,8 @@ class _Csv(RowWriter):
             )
         cells = [_cell(key, row.get(key)) for key in header]
         if self._header is None:
+            self._csv.writerow([_cell("", key) for key in header])
             self._header = header
-            self._csv.writerow(header)
         self._csv.writerow(cells)
 
     def finish(self) -> None:

@@ -191,7 +191,11 @@ def measure(kind: str, job: dict[str, Any], limit: float | None = None) -> dict[
         path = Path(folder) / "job.json"
         path.write_text(json.dumps(job))
         command = [sys.executable, "-W", "ignore", __file__, "--child", kind, str(path)]
-        environment = os.environ | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | {
+            "TRANSFORMERS_VERBOSITY": "error",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",  # as the command line sets it; for both sides
+        }
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=limit, env=environment, check=False

@@ -37,8 +37,9 @@ from lamina.cli.data_report import (
     print_stats,
     report_json,
     stdout,
+    title,
 )
-from lamina.cli.data_write import convert, dedup, fix, split
+from lamina.cli.data_write import check_fix, convert, dedup, fix, split
 from lamina.cli.options import AsJson
 from lamina.cli.terminal import note, print_json
 from lamina.errors import DataError, UsageError
@@ -140,6 +141,8 @@ def check(
             "--out is for --fix", hint="A report goes to stdout: add --fix, or > FILE."
         )
     data = open_input(files, format, columns, text_rows)
+    if out is not None:
+        check_fix(data, out, force=force)
     held = open_input(eval_data, format, columns, text_rows) if eval_data else None
     renderer = open_renderer(model, loaded, policy) if tokenizing else None
     limit = max_length if max_length is not None or loaded is None else loaded.max_length
@@ -158,21 +161,21 @@ def check(
 
     report = examine(data, near=near, pii=pii)
     if not report.rows:
-        raise DataError(f"{data.name}: there is no row")
+        raise DataError(f"{title(data)}: there is no row")
     if not mend:
         if as_json:
             print_json(report_json(report))
         else:
-            print_report(data.name, report)
+            print_report(title(data), report)
         raise typer.Exit(0 if report.ok else 1)
     assert out is not None
     if not as_json:
-        print_report(data.name, report)
+        print_report(title(data), report)
         sys.stdout.write("\n")
     mended = fix(data, out, force=force, in_words=not as_json)
     if not mended.rows_out:
         raise DataError(f"{out}: not one row could be kept", hint=f"See {mended.rejected_file}.")
-    after = examine(open_input([str(out)], format, columns), near=False, pii=False)
+    after = examine(open_input([str(out)], format, columns, "line"), near=False, pii=False)
     if as_json:
         print_json(
             {**report_json(report), "fix": as_plain(mended), "after_fix": report_json(after)}
@@ -226,10 +229,10 @@ def preview(
         check_output(html, data.sources, force=force)
     renderer = open_renderer(model, None, policy)
     shown = run_preview(data, renderer, start=start - 1, count=count or sys.maxsize - start)
-    some = _some(shown, data.name, start)
+    some = _some(shown, title(data), start)
     if html is not None:
         with new_file(html) as file:
-            file.write(to_html(some, title=data.name).encode("utf-8", "backslashreplace"))
+            file.write(to_html(some, title=title(data)).encode("utf-8", "backslashreplace"))
         note(f"{html}: written")
     elif as_json:
         for line in to_json(some):
@@ -299,7 +302,7 @@ def stats(
         print_json({**as_plain(found), "loss_share": found.loss_share, **settings})
         return
     print_stats(
-        data.name, found, max_length=limit, policy=too_long, tokens_per_step=tokens_per_step
+        title(data), found, max_length=limit, policy=too_long, tokens_per_step=tokens_per_step
     )
 
 

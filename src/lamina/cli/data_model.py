@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ def open_renderer(model: str | None, recipe: Recipe | None, mask: Mask) -> Rende
         UsageError: neither is given.
         LaminaError: the model's tokenizer can't be had.
     """
-    if model is None and recipe is None:
+    if not model and (model is not None or recipe is None):
         raise UsageError(
             "this needs a model, for its tokenizer and chat template",
             hint="Add --model, for instance --model mini-mixtral, or --recipe NAME.",
@@ -109,8 +110,10 @@ def _tokenizer_place(model: str | None, recipe: Recipe | None) -> Path | str:
         with byte_progress(f"building {name}") as progress:
             return ensure_mini(name, progress=lambda done, all_: progress(done, all_, "weights"))
     if name.count("/") != 1 or name[0] in "./~":
+        close = difflib.get_close_matches(name, recipe_names(), n=1)
+        meant = f"; did you mean {close[0]}?" if close else did_you_mean(Path(name).expanduser())
         raise CheckpointError(
-            f"{name}: there is no such model{did_you_mean(Path(name).expanduser())}",
+            f"{name}: there is no such model{meant}",
             hint="--model takes a recipe (`lamina recipes ls`), the folder of a store, a "
             "checkpoint or a run, or a name on the hub.",
         )

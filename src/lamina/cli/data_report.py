@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from lamina.data.check import Report
     from lamina.data.detect import Detection
+    from lamina.data.formats import Input
     from lamina.data.stats import Bin, Stats
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "report_json",
     "rows",
     "stdout",
+    "title",
 ]
 
 _CONTAINERS = {
@@ -61,6 +63,14 @@ def colours(out: Console) -> bool:
 
 def rows(count: int) -> str:
     return "1 row" if count == 1 else f"{count:,} rows"
+
+
+def title(data: Input) -> str:
+    """The files, in few words."""
+    first, more = data.sources[0].name, len(data.sources) - 1
+    if not more:
+        return first
+    return f"{first} and {more} other file{'s' if more > 1 else ''}"
 
 
 def as_plain(value: Any) -> Any:

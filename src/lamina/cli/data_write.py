@@ -23,7 +23,7 @@ from lamina.cli.data_input import (
     open_input,
     row_progress,
 )
-from lamina.cli.data_report import account, as_plain, rows
+from lamina.cli.data_report import account, as_plain, rows, title
 from lamina.cli.options import AsJson, Seed
 from lamina.cli.terminal import print_json
 from lamina.errors import UsageError
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lamina.data.formats import Input
     from lamina.data.mend import Mended
 
-__all__ = ["convert", "dedup", "fix", "split"]
+__all__ = ["check_fix", "convert", "dedup", "fix", "split"]
 
 Out = Annotated[
     Path,
@@ -76,7 +76,7 @@ def convert(
     data = open_input(files, format, columns, text_rows)
     with row_progress("converting") as progress:
         done = run_convert(data, out, to=to, force=force, progress=progress)
-    lines = [(done.rows_in, f"rows in, of {data.name}"), (done.rows_out, f"rows out, in {out}")]
+    lines = [(done.rows_in, f"read from {title(data)}"), (done.rows_out, f"written to {out}")]
     _finish(done, lines, as_json)
 
 
@@ -157,9 +157,9 @@ def split(
         print_json(as_plain(done))
         return
     lines = [
-        (done.rows_in, f"rows in, of {data.name}"),
-        (done.rows_first, f"rows in {out}"),
-        (done.rows_second, f"rows in {held_out}"),
+        (done.rows_in, f"read from {title(data)}"),
+        (done.rows_first, f"written to {out}"),
+        (done.rows_second, f"written to {held_out}"),
     ]
     sys.stdout.write(account(lines, done.rejected, done.rejected_file))
     if done.groups < done.rows_first + done.rows_second:
@@ -199,8 +199,20 @@ def dedup(
     data = open_input(files, format, columns, text_rows)
     with row_progress("comparing") as progress:
         done = run_dedup(data, out, near=near, threshold=threshold, force=force, progress=progress)
-    lines = [(done.rows_in, f"rows in, of {data.name}"), (done.rows_out, f"rows out, in {out}")]
+    lines = [(done.rows_in, f"read from {title(data)}"), (done.rows_out, f"written to {out}")]
     _finish(done, lines, as_json)
+
+
+def check_fix(data: Input, out: Path, *, force: bool) -> None:
+    """
+    Raises:
+        DataError: `fix` couldn't write its files. Better known before the check than after it.
+    """
+    from lamina.data.mend import mends_path
+    from lamina.data.writers import check_output, rejected_path
+
+    for path in (out, rejected_path(out), mends_path(out)):
+        check_output(path, data.sources, force=force)
 
 
 def fix(data: Input, out: Path, *, force: bool, in_words: bool) -> Mended:
@@ -211,7 +223,7 @@ def fix(data: Input, out: Path, *, force: bool, in_words: bool) -> Mended:
     with row_progress("mending") as progress:
         done = mend(data, out, force=force, progress=progress)
     if in_words:
-        lines = [(done.rows_in, f"rows in, of {data.name}"), (done.rows_out, f"rows out, in {out}")]
+        lines = [(done.rows_in, f"read from {title(data)}"), (done.rows_out, f"written to {out}")]
         sys.stdout.write(account(lines, done.rejected, done.rejected_file, done.reasons))
         for code, number in done.mends.most_common():
             sys.stdout.write(f"mended {code} in {rows(number)}: {CODES[code].fixed}\n")

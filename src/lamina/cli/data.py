@@ -299,7 +299,7 @@ def stats(
             "tokens_per_step": tokens_per_step,
             "mask": mask,
         }
-        print_json({**as_plain(found), "loss_share": found.loss_share, **settings})
+        print_json({**as_plain(found), "loss_share": found.loss_share, "settings": settings})
         return
     print_stats(
         title(data), found, max_length=limit, policy=too_long, tokens_per_step=tokens_per_step

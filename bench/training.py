@@ -1,6 +1,6 @@
 """Training speed and memory, side by side with transformers + PEFT on the same machine.
 
-    python bench/training.py [--pairs 3] [--sequences 16] [--length 512] [--peft-limit 900]
+    python bench/training.py [--pairs 3] [--peft-limit 900] [--only speed]
 
 mini-mixtral, LoRA r=16, bf16, one optimizer step of 16 sequences of 512 tokens, all of which carry
 loss. Lamina streams from an NF4 store on disk with a weight cache of a quarter of the store; the
@@ -255,12 +255,20 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--peft-limit", type=float, default=900.0)
+    parser.add_argument("--only", choices=("speed", "reads"), help="one of the two tables")
     parser.add_argument("--child", nargs=2, metavar=("KIND", "JOB"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         kind, path = args.child
         print(json.dumps(KINDS[kind](json.loads(Path(path).read_text()))))
         return
+    if args.only != "reads":
+        speed(args)
+    if args.only != "speed":
+        reads(args)
+
+
+def speed(args: argparse.Namespace) -> None:
     data = sequences(args.sequences, args.length)
     print(f"{MODEL}, {args.sequences} x {args.length} tokens a step, LoRA r=16, bf16\n")
     print(
@@ -270,6 +278,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for experts in (False, True):
         compare(args, data, experts)
+
+
+def reads(args: argparse.Namespace) -> None:
     print("\n| tokens a step | store bytes read / store bytes |\n|---|---|", flush=True)
     for count in (args.sequences // 2, args.sequences, args.sequences * 2):
         more = sequences(count, args.length)

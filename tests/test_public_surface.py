@@ -225,6 +225,10 @@ KEYS = [
     "ring",
     "cache",
     "resident",
+    "mask",
+    "too_long",
+    "data_format",
+    "data_columns",
     "data",
     "eval_data",
 ]

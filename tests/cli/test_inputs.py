@@ -47,7 +47,6 @@ def test_tune_names_everything(capsys: pytest.CaptureFixture[str], here: Path) -
         "  - `rank` (override): there is no such key; did you mean `r`?",
         "  - chat.jsonl: there is no such file; did you mean chats.jsonl?",
         "  - empty.jsonl: is empty",
-        "  - folder: is a folder, not a file",
         "  - folder: isn't empty, and nothing is written over a run; give another --out",
         "  - chats.jsonl: is trained on and measured on too, so its loss would show memory only",
         "hint: `lamina recipes show mini-mixtral` explains every key.",

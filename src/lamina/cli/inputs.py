@@ -23,18 +23,25 @@ _MARKS = ("recipe.yaml", "store.json", "config.json")
 
 
 def data_problems(files: Iterable[Path]) -> list[str]:
-    """Sentences on files that can't be data."""
+    """Sentences on files that can't be data. Patterns, folders and names on the hub are left to
+    those who read them."""
     problems = []
     for file in files:
-        if file.is_dir():
-            problems.append(f"{file}: is a folder, not a file")
-        elif not file.exists():
+        if file.is_dir() or (not file.exists() and _may_be_more_than_a_file(str(file))):
+            continue
+        if not file.exists():
             problems.append(f"{file}: there is no such file{did_you_mean(file)}")
         elif not os.access(file, os.R_OK):
             problems.append(f"{file}: can't be read: permission denied")
         elif file.stat().st_size == 0:
             problems.append(f"{file}: is empty")
     return problems
+
+
+def _may_be_more_than_a_file(text: str) -> bool:
+    """Whether it can be a pattern, or a name on the hub: owner/name, without a file's ending."""
+    pattern = any(mark in text for mark in "*?[")
+    return pattern or (text.count("/") == 1 and text[0] not in "./~" and not Path(text).suffix)
 
 
 def out_problems(out: Path) -> list[str]:

@@ -22,6 +22,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lamina.data.batches import Steps, plan_steps
 from lamina.data.dataset import Dataset, load_dataset
+from lamina.data.formats import Input
 from lamina.engine.blocks import seed_of
 from lamina.engine.model import Model, open_model
 from lamina.engine.prepare import Progress
@@ -73,12 +74,12 @@ def tune(
 
     # 2. The run's folder.
     run = RunFolder(Path(out) if out is not None else _new_run())
-    files = [Path(file).resolve() for file in data]
+    files = [_lasting(file) for file in data]
     resolved = recipe.model_copy(
         update={
             "store": str(model.store.path.resolve()),
-            "data": [str(file) for file in files],
-            "eval_data": [str(Path(file).resolve()) for file in eval_data] if eval_data else None,
+            "data": files,
+            "eval_data": [_lasting(file) for file in eval_data] if eval_data else None,
         }
     )
     run.create(resolved, model.store, files)
@@ -110,6 +111,11 @@ def tune(
     return summary
 
 
+def _lasting(file: str | Path) -> str:
+    """A file's name that holds in any folder; names on the hub and patterns stay as they are."""
+    return str(Path(file).resolve()) if Path(file).exists() else str(file)
+
+
 def lora_settings(recipe: Recipe) -> LoraSettings:
     """The recipe's part that LoRA needs."""
     targets = recipe.target_modules
@@ -129,10 +135,12 @@ def load_samples(model: Model, files: Sequence[str | Path]) -> Dataset:
     Raises:
         DataError: they can't be used, or every row of them is too long.
     """
+    recipe = model.recipe
     dataset = load_dataset(
-        [Path(file) for file in files],
+        Input(files, shape=recipe.data_format, columns=recipe.data_columns),
         model.tokenizer,
-        model.recipe.max_length,
+        recipe.max_length,
+        too_long=recipe.too_long,
         renderer=model.renderer,
     )
     if not dataset.num_loss_tokens:

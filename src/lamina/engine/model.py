@@ -59,7 +59,7 @@ def open_model(recipe: Recipe, progress: Progress | None = None) -> Model:
         store=store,
         family=family,
         tokenizer=tokenizer,
-        renderer=Renderer(tokenizer, stop_ids=_stop_ids(store)),
+        renderer=Renderer(tokenizer, stop_ids=_stop_ids(store), mask=recipe.mask),
         dtype=getattr(torch, recipe.dtype),
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
     )

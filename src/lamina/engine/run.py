@@ -49,7 +49,7 @@ class RunFolder:
     def info_file(self) -> Path:
         return self.path / "run.json"
 
-    def create(self, recipe: Recipe, store: Store, data: Sequence[Path]) -> None:
+    def create(self, recipe: Recipe, store: Store, data: Sequence[str]) -> None:
         """Write what is known before the first step.
 
         Raises:
@@ -67,7 +67,7 @@ class RunFolder:
                 "torch": version("torch"),
                 "transformers": version("transformers"),
                 "store_fingerprint": store.fingerprint,
-                "data": [str(path) for path in data],
+                "data": list(data),
             }
             self.info_file.write_text(json.dumps(info, indent=2) + "\n")
             save_recipe(recipe, self.recipe_file)

@@ -192,7 +192,7 @@ def _blocked_attention(q_NSAD: Tensor, k_NSKD: Tensor, v_NSKD: Tensor, scale: fl
     block = min(_QUERY_BLOCK, s)
     future = torch.full((block, block), -torch.inf, dtype=q_NSAD.dtype, device=q_NSAD.device)
     future.triu_(1)
-    outputs = []
+    outputs: list[Tensor] = []
     for start in range(0, s, block):
         size = min(block, s - start)
         rows = q_BGSD[:, :, start : start + size].reshape(n * heads, -1, d)
@@ -201,7 +201,7 @@ def _blocked_attention(q_NSAD: Tensor, k_NSKD: Tensor, v_NSKD: Tensor, scale: fl
         probs = torch.softmax(scores, dim=-1).flatten(1, 2)
         output = torch.bmm(probs, v_BSD[:, : start + size])
         outputs.append(output.unflatten(1, (a // heads, size)))
-    out_BGSD = torch.cat(outputs, dim=2).unflatten(0, (n, heads))
+    out_BGSD = torch.cat(outputs, dim=2).view(n, heads, a // heads, s, d)
     return out_BGSD.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
@@ -267,7 +267,8 @@ class RaggedAttention:
         for length in pieces:
             starts.setdefault(_rounded(length), []).append((start, length))
             start += length
-        outputs, order = [], []
+        outputs: list[Tensor] = []
+        order: list[Tensor] = []
         for length, places in starts.items():
             # Beyond the last token there is nothing to run into: it stands in for what follows.
             index = torch.tensor([at for at, _ in places])[:, None] + torch.arange(length)

@@ -281,6 +281,27 @@ class Recipe(BaseModel):
         "the store; auto: all that every token needs, where it fits.",
     )
 
+    # How data is understood
+    mask: Literal["assistant", "last", "flagged", "all"] = Field(
+        default="assistant",
+        description="What is learned of a conversation: assistant turns, the last one only, those "
+        "flagged, or every token.",
+    )
+    too_long: Literal["drop", "truncate", "split"] = Field(
+        default="drop",
+        description="What happens to what is longer than max_length.",
+    )
+    data_format: str | None = Field(
+        default=None,
+        description="The shape of the data's rows (see lamina data detect). null: found row by "
+        "row.",
+    )
+    data_columns: dict[str, str] | None = Field(
+        default=None,
+        description="What the columns of that shape are called in the data, e.g. {user: question, "
+        "assistant: answer}.",
+    )
+
     # Data, where the recipe belongs to it
     data: Files = Field(
         default=None,

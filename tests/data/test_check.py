@@ -99,7 +99,11 @@ ROWS: list[tuple[Any, str]] = [
     (chat("q", "a", tools=[{"function": {"name": "f", "parameters": {"type": 3}}}]), "tool-schema"),
     (chat("q", "a", tools=[{"function": {}}]), "tool-schema"),
     (tool_chat(call(), results=("c1", "c2")), "orphan-result"),
-    ({"messages": [turn("user"), turn("tool"), turn("assistant")]}, "orphan-result"),
+    ({"messages": [turn("user"), turn("tool"), turn("assistant")]}, "loose-result"),
+    (
+        {"messages": [turn("user"), turn("tool", tool_call_id="x"), turn("assistant")]},
+        "orphan-result",
+    ),
     (tool_chat(call(), call(), results=("c1", "c1")), "duplicate-call-id"),
     (tool_chat(call(), results=()), "unanswered-call"),
     (tool_chat(call(call_id=None), results=(None,)), None),  # type: ignore[list-item]

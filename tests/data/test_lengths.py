@@ -231,7 +231,7 @@ def test_disliked_answers_are_not_trained(smol: Any, write_rows: Any) -> None:
 def test_errors_of_check_stop_a_run(smol: Any, write_rows: Any) -> None:
     messages = [
         {"role": "user", "content": "q"},
-        {"role": "tool", "content": "1"},
+        {"role": "tool", "content": "1", "tool_call_id": "x"},
         {"role": "assistant", "content": "a"},
     ]
     with pytest.raises(DataError) as caught:

@@ -150,6 +150,12 @@ _WARNINGS = _table(
     ),
     ("unanswered-call", "tool calls without a result", "Add the result of each call."),
     (
+        "loose-result",
+        "tool results in conversations without a tool call",
+        "If the calls are written as text, move them to 'tool_calls', so that the model's own "
+        "format is used.",
+    ),
+    (
         "missing-call-id",
         "tool calls or results without an id",
         "Results are matched to calls in order; ids are safer.",

@@ -20,6 +20,7 @@ from lamina.data.messages import (
     Text,
     Tokens,
 )
+from lamina.errors import DataError
 
 __all__ = ["CONTROL_TOKENS", "conversation_findings", "findings", "texts_of"]
 
@@ -162,6 +163,7 @@ def _tool_findings(conversation: Conversation) -> Iterator[tuple[str, str]]:
 
 def _pairing_findings(messages: list[Message]) -> Iterator[tuple[str, str]]:
     """Whether each result answers a call, and each call has a result before the next turn."""
+    written = any(message.tool_calls for message in messages)
     seen: set[str] = set()
     open_ids: list[str | None] = []
     for index, message in enumerate(messages):
@@ -173,6 +175,8 @@ def _pairing_findings(messages: list[Message]) -> Iterator[tuple[str, str]]:
             elif open_ids and (answered is None or None in open_ids):
                 yield "missing-call-id", f"has a tool result matched by its order, {place}"
                 open_ids.pop(open_ids.index(None) if None in open_ids else 0)
+            elif answered is None and not written:
+                yield "loose-result", f"has a tool result, {place}, but no tool call"
             else:
                 yield "orphan-result", f"has a tool result that answers no call, {place}"
             continue
@@ -191,11 +195,22 @@ def _schema_text(schema: Any) -> str:
 
 
 def _jsonschema() -> tuple[Any, Any]:
-    """The modules of `jsonschema`, which takes long to load and is only needed for tools."""
-    return (
-        importlib.import_module("jsonschema.validators"),
-        importlib.import_module("jsonschema.exceptions"),
-    )
+    """The modules of `jsonschema`, which takes long to load and is only needed for tools.
+
+    Raises:
+        DataError: it isn't installed.
+    """
+    try:
+        return (
+            importlib.import_module("jsonschema.validators"),
+            importlib.import_module("jsonschema.exceptions"),
+        )
+    except ImportError as error:
+        raise DataError(
+            "The data has tools, and checking their arguments needs the package jsonschema, which "
+            "is not installed.",
+            hint="pip install jsonschema",
+        ) from error
 
 
 @lru_cache(maxsize=1024)

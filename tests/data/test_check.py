@@ -10,6 +10,7 @@ import pytest
 from lamina.data import parallel
 from lamina.data.check import Report, check
 from lamina.data.codes import CODES
+from lamina.data.examine import examine_block
 from lamina.data.formats import Input
 from lamina.data.template import Renderer
 from lamina.errors import DataError
@@ -305,3 +306,12 @@ def test_several_processes_find_the_same(
     assert len(alone.findings) > 5
     row_by_row = list(data.rows())
     assert alone.rows == len(row_by_row)
+
+
+def test_an_error_of_a_worker_is_an_error_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "WORTH_BYTES", 0)
+    monkeypatch.setattr(parallel.os, "sched_getaffinity", lambda _: {0, 1})
+    options = {"shape": "no such shape", "columns": {}, "prompts": False, "near": False}
+    blocks = [parallel.Block(0, 1, b'{"text": "a"}\n')] * 3
+    with pytest.raises(DataError, match="no data format 'no such shape'"):
+        list(parallel.map_blocks("check", examine_block, options, blocks, 1))

@@ -23,6 +23,7 @@ from queue import SimpleQueue
 from typing import Any, BinaryIO, cast
 
 from lamina.data.containers import Source, open_bytes, reading
+from lamina.errors import DataError
 
 __all__ = ["Block", "Message", "line_blocks", "map_blocks", "read_message", "write_message"]
 
@@ -79,6 +80,9 @@ def map_blocks(
         task: the name of the task in `worker`.
         function: the same task, for this process.
         size: about how many bytes there are.
+
+    Raises:
+        DataError: the task did.
     """
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if size < WORTH_BYTES or not count or count < 2:
@@ -147,6 +151,8 @@ class _Worker:
         result = read_message(cast(BinaryIO, self._process.stdout))
         if result is None:
             raise RuntimeError("a worker process of lamina.data ended early")
+        if "error" in result.values:
+            raise DataError(result.values["error"], hint=result.values["hint"])
         return result
 
 

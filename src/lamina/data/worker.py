@@ -8,7 +8,8 @@ import sys
 
 from lamina.data.convert import convert_block
 from lamina.data.examine import examine_block
-from lamina.data.parallel import Task, read_message, write_message
+from lamina.data.parallel import Message, Task, read_message, write_message
+from lamina.errors import DataError
 
 TASKS: dict[str, Task] = {"check": examine_block, "convert": convert_block}
 
@@ -23,7 +24,10 @@ def main() -> None:
     options = read_message(sys.stdin.buffer)
     assert options is not None
     while (message := read_message(sys.stdin.buffer)) is not None:
-        result = task(options.values, message.values["first"], message.blobs[0])
+        try:
+            result = task(options.values, message.values["first"], message.blobs[0])
+        except DataError as error:
+            result = Message({"error": error.message, "hint": error.hint})
         write_message(sys.stdout.buffer, result)
 
 

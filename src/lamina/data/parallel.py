@@ -130,6 +130,8 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path},
+            # Ctrl-C must not reach it, at no time: this process ends it.
+            process_group=0,
         )
         write_message(self._input, Message(options))
 

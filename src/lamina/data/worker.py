@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import signal
 import sys
 
 from lamina.data.convert import convert_block
@@ -16,8 +15,6 @@ TASKS: dict[str, Task] = {"check": examine_block, "convert": convert_block}
 
 def main() -> None:
     """Answer blocks with results until the input ends."""
-    # Ctrl-C reaches the whole group: the parent ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Rows are trees without cycles: counting references frees them.
     gc.disable()
     task = TASKS[sys.argv[1]]

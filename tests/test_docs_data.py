@@ -26,8 +26,12 @@ from lamina.data.codes import CODES
 from lamina.data.containers import SUFFIXES, Compression, Container
 from lamina.data.dataset import load_dataset
 from lamina.data.detect import detect
+from lamina.data.formats import Input
 from lamina.data.lengths import POLICIES
+from lamina.data.messages import RowError
 from lamina.data.shapes import SHAPES
+from lamina.recipe.load import load_recipe
+from lamina.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "data-commands.md"
@@ -56,7 +60,8 @@ def install_tokenizer(home: Path) -> None:
 
 def run(line: str) -> str:
     """What a command of the page prints on stdout, or shows of a file. `lamina tune` takes minutes:
-    of it, only the words are looked at."""
+    of it, only the
+    recipe and the data are looked at."""
     words = shlex.split(line)
     if words[0] != "lamina":
         done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
@@ -64,7 +69,11 @@ def run(line: str) -> str:
     if words[1] == "tune":
         command = typer.main.get_command(app)
         tune = command.commands["tune"]  # type: ignore[attr-defined]
-        tune.make_context("tune", words[2:])
+        given = tune.make_context("tune", words[2:]).params
+        recipe = load_recipe(given["recipe"], given["overrides"])
+        for file in [*given["data"], *(given["eval_data"] or ())]:
+            rows = Input(file, shape=recipe.data_format, columns=recipe.data_columns).rows()
+            assert not any(isinstance(row.example, RowError) for row in rows), file
         return ""
     target = None
     if ">" in words:
@@ -134,6 +143,18 @@ def test_the_page_shows_every_command() -> None:
 
     shown = {line.split()[2] for line in text.splitlines() if line.startswith("lamina data ")}
     assert shown == set(data.commands)
+
+
+def test_options_and_the_recipes_keys_say_the_same() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    data = typer.main.get_command(app).commands["data"]  # type: ignore[attr-defined]
+    options = {flag for p in data.commands["stats"].params for flag in p.opts}
+
+    pairs = re.findall(r"^\| `(--[\w-]+)` \| `(\w+)` \|$", text, re.M)
+    assert len(pairs) == 5
+    for option, key in pairs:
+        assert option in options
+        assert key in Recipe.model_fields
 
 
 def test_the_reference_names_all_there_is() -> None:

@@ -118,6 +118,7 @@ COMMANDS = {
         "--map",
         "--mask",
         "--model",
+        "--recipe",
         "--rows",
         "--start",
         "--text-rows",

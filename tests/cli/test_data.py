@@ -260,6 +260,15 @@ def test_detect_says_what_is_ambiguous_and_how_to_say_otherwise(lamina: Lamina, 
     assert "looked at      3 rows" in out
 
 
+def test_a_column_cannot_drive_the_terminal(lamina: Lamina, work: Path) -> None:
+    (work / "a.csv").write_text("x\x1b[31m,y\n1,2\n")
+
+    _, out, _ = lamina("detect", "a.csv")
+
+    assert "\x1b" not in out
+    assert r"'x\x1b[31m': a string" in out
+
+
 # -- check ----------------------------------------------------------------------------------------
 
 
@@ -513,6 +522,33 @@ def test_a_model_is_a_recipe_a_run_a_store_or_a_checkpoint(
 
     assert len(shown) == 1
     assert shown.pop()[0] == 0
+
+
+def test_a_recipe_says_all_that_options_say(
+    lamina: Lamina, work: Path, byte_tokenizer: Path
+) -> None:
+    """And options go before it."""
+    (work / "qa.csv").write_text("Frage,Antwort,Frage2\nWas?,Das,Wer?\n")
+    (work / "r.yaml").write_text(
+        f"model: {byte_tokenizer}\nmask: all\ntoo_long: truncate\nmax_length: 40\n"
+        "data_columns: {user: Frage, assistant: Antwort}\n"
+    )
+    words = ("qa.csv", "--recipe", "r.yaml")
+
+    _, out, _ = lamina("preview", *words)
+    assert "⟦user\nWas?" in out
+    _, out, _ = lamina("preview", *words, "--mask", "last")
+    assert "user\nWas?" in out
+    assert "⟦Das<|im_end|>⟧" in out
+    _, out, _ = lamina("preview", *words, "--map", "question=Frage2,answer=Antwort")
+    assert "⟦user\nWer?" in out
+    told = json.loads(lamina("stats", *words, "--json")[1])["settings"]
+    assert (told["mask"], told["too_long"], told["max_length"]) == ("all", "truncate", 40)
+    assert lamina("check", *words)[0] == 0
+    assert lamina("check", *words, "--fix", "--out", "copy.csv")[0] == 0
+    code, out, _ = lamina("check", *words, "--format", "sharegpt")
+    assert code == 1
+    assert "error wrong-type" in out
 
 
 # -- stats ----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,7 +28,7 @@ from lamina.cli.data_input import (
     open_input,
     row_progress,
 )
-from lamina.cli.data_model import check_mask, check_too_long, open_recipe, open_renderer
+from lamina.cli.data_model import choose_mask, choose_too_long, open_recipe, open_renderer
 from lamina.cli.data_report import (
     as_plain,
     colours,
@@ -45,6 +45,7 @@ from lamina.cli.terminal import note, print_json
 from lamina.errors import DataError, UsageError
 
 if TYPE_CHECKING:
+    from lamina.data.check import Report
     from lamina.data.formats import Input
     from lamina.data.preview import PreviewRow
 
@@ -101,7 +102,7 @@ def check(
     ] = None,
     model: ModelName = None,
     recipe: RecipeName = None,
-    mask: MaskPolicy = "assistant",
+    mask: MaskPolicy = None,
     max_length: MaxLength = None,
     near: Annotated[
         bool,
@@ -129,8 +130,8 @@ def check(
     """
     from lamina.data.check import check as run_check
 
-    policy = check_mask(mask)
     loaded = open_recipe(recipe)
+    policy = choose_mask(mask, loaded)
     tokenizing = model is not None or loaded is not None
     if max_length is not None and not tokenizing:
         raise UsageError("--max-length counts tokens", hint="Add --model or --recipe.")
@@ -140,14 +141,14 @@ def check(
         raise UsageError(
             "--out is for --fix", hint="A report goes to stdout: add --fix, or > FILE."
         )
-    data = open_input(files, format, columns, text_rows)
+    data = open_input(files, format, columns, text_rows, loaded)
     if out is not None:
         check_fix(data, out, force=force)
-    held = open_input(eval_data, format, columns, text_rows) if eval_data else None
+    held = open_input(eval_data, format, columns, text_rows, loaded) if eval_data else None
     renderer = open_renderer(model, loaded, policy) if tokenizing else None
     limit = max_length if max_length is not None or loaded is None else loaded.max_length
 
-    def examine(data: Input, *, near: bool, pii: bool) -> Any:
+    def examine(data: Input, *, near: bool, pii: bool) -> Report:
         with row_progress("checking") as progress:
             return run_check(
                 data,
@@ -175,7 +176,7 @@ def check(
     mended = fix(data, out, force=force, in_words=not as_json)
     if not mended.rows_out:
         raise DataError(f"{out}: not one row could be kept", hint=f"See {mended.rejected_file}.")
-    after = examine(open_input([str(out)], format, columns, "line"), near=False, pii=False)
+    after = examine(open_input([str(out)], format, columns, "line", loaded), near=False, pii=False)
     if as_json:
         print_json(
             {**report_json(report), "fix": as_plain(mended), "after_fix": report_json(after)}
@@ -191,10 +192,11 @@ def check(
 def preview(
     files: Files,
     model: ModelName = None,
+    recipe: RecipeName = None,
     format: Format = None,
     columns: Columns = None,
     text_rows: TextRowsName = "document",
-    mask: MaskPolicy = "assistant",
+    mask: MaskPolicy = None,
     start: Annotated[
         int, typer.Option("--start", metavar="N", min=1, help="The first row to show.")
     ] = 1,
@@ -221,13 +223,14 @@ def preview(
     from lamina.data.preview import to_html, to_json, to_text
     from lamina.data.writers import check_output, new_file
 
-    policy = check_mask(mask)
+    loaded = open_recipe(recipe)
+    policy = choose_mask(mask, loaded)
     if html is not None and as_json:
         raise UsageError("--html and --json are two ways to show rows: choose one")
-    data = open_input(files, format, columns, text_rows)
+    data = open_input(files, format, columns, text_rows, loaded)
     if html is not None:
         check_output(html, data.sources, force=force)
-    renderer = open_renderer(model, None, policy)
+    renderer = open_renderer(model, loaded, policy)
     shown = run_preview(data, renderer, start=start - 1, count=count or sys.maxsize - start)
     some = _some(shown, title(data), start)
     if html is not None:
@@ -264,9 +267,9 @@ def stats(
     format: Format = None,
     columns: Columns = None,
     text_rows: TextRowsName = "document",
-    mask: MaskPolicy = "assistant",
+    mask: MaskPolicy = None,
     max_length: MaxLength = None,
-    too_long: TooLongPolicy = "drop",
+    too_long: TooLongPolicy = None,
     as_json: AsJson = False,
 ) -> None:
     """Count rows and tokens, and say what a recipe makes of them.
@@ -275,10 +278,10 @@ def stats(
     """
     from lamina.data.stats import stats as run_stats
 
-    policy = check_mask(mask)
-    length_policy = check_too_long(too_long)
     loaded = open_recipe(recipe)
-    data = open_input(files, format, columns, text_rows)
+    policy = choose_mask(mask, loaded)
+    length_policy = choose_too_long(too_long, loaded)
+    data = open_input(files, format, columns, text_rows, loaded)
     renderer = open_renderer(model, loaded, policy)
     limit = max_length if max_length is not None or loaded is None else loaded.max_length
     tokens_per_step = loaded.tokens_per_step if loaded else None
@@ -295,14 +298,14 @@ def stats(
     if as_json:
         settings = {
             "max_length": limit,
-            "too_long": too_long,
+            "too_long": length_policy,
             "tokens_per_step": tokens_per_step,
-            "mask": mask,
+            "mask": policy,
         }
         print_json({**as_plain(found), "loss_share": found.loss_share, "settings": settings})
         return
     print_stats(
-        title(data), found, max_length=limit, policy=too_long, tokens_per_step=tokens_per_step
+        title(data), found, max_length=limit, policy=length_policy, tokens_per_step=tokens_per_step
     )
 
 

@@ -18,6 +18,7 @@ from lamina.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from lamina.data.formats import Input
+    from lamina.recipe.schema import Recipe
 
 __all__ = [
     "Columns",
@@ -99,16 +100,17 @@ RecipeName = Annotated[
     typer.Option(
         "--recipe",
         metavar="NAME",
-        help="A recipe, for its model and its limits.",
+        help="A recipe, for all it says of data: model, limits, mask, format, columns.",
         autocompletion=complete_names,
     ),
 ]
 MaskPolicy = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--mask",
         metavar="POLICY",
-        help="What is learned: assistant, last, flagged or all.",
+        help="What is learned: assistant, last, flagged or all. Without it, what the recipe says, "
+        "or assistant.",
         autocompletion=_complete_masks,
     ),
 ]
@@ -122,9 +124,12 @@ MaxLength = Annotated[
     ),
 ]
 TooLongPolicy = Annotated[
-    str,
+    str | None,
     typer.Option(
-        "--too-long", metavar="POLICY", help="What happens to longer rows: drop, truncate or split."
+        "--too-long",
+        metavar="POLICY",
+        help="What happens to longer rows: drop, truncate or split. Without it, what the recipe "
+        "says, or drop.",
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Write over files that exist.")]
@@ -141,8 +146,12 @@ def open_input(
     format: str | None = None,
     columns: Sequence[str] | None = None,
     text_rows: str = "document",
+    recipe: Recipe | None = None,
 ) -> Input:
     """The data that a command was given.
+
+    Args:
+        recipe: says what `format` and `columns` don't.
 
     Raises:
         UsageError: an option has a value that it can't have.
@@ -162,6 +171,8 @@ def open_input(
         if format not in (names := [shape.name for shape in SHAPES]):
             raise no_such_choice("--format", format, names)
     mapped = parse_columns(columns or ())
+    if recipe is not None:
+        format, mapped = format or recipe.data_format, mapped or recipe.data_columns or {}
     problems = [f"{file}: {problem}" for file in files if (problem := _problem(file))]
     if problems:
         raise DataError("the data can't be read", problems=problems)

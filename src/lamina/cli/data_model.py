@@ -17,28 +17,34 @@ if TYPE_CHECKING:
     from lamina.data.template import Renderer
     from lamina.recipe.schema import Recipe
 
-__all__ = ["check_mask", "check_too_long", "open_recipe", "open_renderer"]
+__all__ = ["choose_mask", "choose_too_long", "open_recipe", "open_renderer"]
 
 
-def check_mask(mask: str) -> Mask:
-    """
+def choose_mask(mask: str | None, recipe: Recipe | None) -> Mask:
+    """The masking policy that an option or else a recipe says.
+
     Raises:
-        UsageError: there is no such masking policy.
+        UsageError: there is no such policy.
     """
     from lamina.data.chat.pieces import MASKS
 
+    if mask is None:
+        return recipe.mask if recipe is not None else "assistant"
     if mask not in MASKS:
         raise no_such_choice("--mask", mask, [*MASKS])
     return mask  # type: ignore[return-value]
 
 
-def check_too_long(policy: str) -> TooLong:
-    """
+def choose_too_long(policy: str | None, recipe: Recipe | None) -> TooLong:
+    """The length policy that an option or else a recipe says.
+
     Raises:
-        UsageError: there is no such length policy.
+        UsageError: there is no such policy.
     """
     from lamina.data.lengths import POLICIES
 
+    if policy is None:
+        return recipe.too_long if recipe is not None else "drop"
     if policy not in POLICIES:
         raise no_such_choice("--too-long", policy, [*POLICIES])
     return policy  # type: ignore[return-value]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lamina.data.check import Report
-    from lamina.data.detect import Detection
+    from lamina.data.detect import Column, Detection
     from lamina.data.formats import Input
     from lamina.data.stats import Bin, Stats
 
@@ -106,11 +106,7 @@ def print_detection(found: Detection) -> None:
         kind += f", {found.compression}"
     lines = [("container", kind), ("looked at", rows(found.rows))]
     lines += _named("because", found.reasons)
-    types = [
-        f"{column.name}: {_types(column.types, found.rows)}{'' if column.used else ', not used'}"
-        for column in found.columns
-    ]
-    lines += _named("columns", types)
+    lines += _named("columns", [_about(column, found.rows) for column in found.columns])
     lines += _named("ambiguous", found.ambiguous)
     lines += _named("unreadable", found.problems)
     out.print(_table(lines, "  "), end="")
@@ -119,6 +115,12 @@ def print_detection(found: Detection) -> None:
 def _named(name: str, values: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Lines of which the first is named."""
     return ((name if number == 0 else "", value) for number, value in enumerate(values))
+
+
+def _about(column: Column, looked_at: int) -> str:
+    # A name is data: it must not drive the terminal.
+    name = column.name if column.name.isprintable() else repr(column.name)
+    return f"{name}: {_types(column.types, looked_at)}{'' if column.used else ', not used'}"
 
 
 def _types(types: Counter[str], looked_at: int) -> str:

@@ -38,7 +38,7 @@ OVERRIDES = [
     "target_modules=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
     "tokens_per_step=2048",
     "max_length=512",
-    "max_steps=20",
+    "max_steps=16",
     "warmup_steps=1",
     "learning_rate=1e-3",
 ]

@@ -137,7 +137,8 @@ def load_samples(model: Model, files: Sequence[str | Path]) -> Dataset:
     """
     recipe = model.recipe
     dataset = load_dataset(
-        Input(files, shape=recipe.data_format, columns=recipe.data_columns),
+        # As text: a name on the hub looks like a path, and isn't one.
+        Input(map(str, files), shape=recipe.data_format, columns=recipe.data_columns),
         model.tokenizer,
         recipe.max_length,
         too_long=recipe.too_long,

@@ -32,6 +32,9 @@ BLOCK_BYTES = 1 << 20
 #: Less data than this isn't worth starting processes for.
 WORTH_BYTES = 32 << 20
 
+#: The folder that this package lies in: the workers must be of the same version.
+_IMPORTED_FROM = str(Path(__file__).parents[2])
+
 
 @dataclass
 class Message:
@@ -121,10 +124,7 @@ class _Worker:
     """A process that does one task."""
 
     def __init__(self, task: str, options: dict[str, Any]):
-        import lamina
-
-        here = str(Path(lamina.__file__).parent.parent)
-        path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+        path = os.pathsep.join(filter(None, [_IMPORTED_FROM, os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "lamina.data.worker", task],
             stdin=subprocess.PIPE,

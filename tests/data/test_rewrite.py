@@ -233,6 +233,20 @@ def test_only_what_needs_no_judgement_is_mended(tmp_path: Path) -> None:
     assert load(tmp_path / "again.jsonl") == load(out)
 
 
+def test_a_mended_row_keeps_the_names_of_its_file(tmp_path: Path, write_rows: Any) -> None:
+    ended = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "a"}]
+    rows = [
+        {"chat": GOOD["messages"], "functions": [], "id": 1},
+        {"chat": [*ended, {"role": "user", "content": "more"}], "functions": [], "id": 2},
+    ]
+    columns = {"messages": "chat", "tools": "functions"}
+    result = mend(Input(write_rows(rows), columns=columns), tmp_path / "out.jsonl")
+    assert result.mends == {"last-turn": 1}
+    assert load(result.output) == [rows[0], {"chat": ended, "id": 2, "functions": None}]
+    again = mend(Input(result.output, columns=columns), tmp_path / "again.jsonl")
+    assert (again.rows_out, again.mends, again.rejected) == (2, {}, 0)
+
+
 @pytest.mark.parametrize("rewrite", [dedup, mend])
 def test_a_rewrite_is_never_over_an_input(
     rewrite: Callable[..., Any], write_rows: Any, tmp_path: Path

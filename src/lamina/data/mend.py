@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def mend(
                 if row.index in repeats:
                     place = links.places.name(repeats[row.index])
                     raise RowError("duplicate", f"is the same as {place}")
-                value, mends = _mended(row)
+                value, mends = _mended(row, data.columns)
                 writer.write(value)
                 result.rows_out += 1
                 for code in mends:
@@ -103,8 +103,11 @@ def _line(name: str, line: int, code: str) -> bytes:
     return dump_line({"file": name, "line": line, "code": code, "mend": CODES[code].fixed})
 
 
-def _mended(row: Row) -> tuple[dict[str, Any], list[str]]:
+def _mended(row: Row, columns: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     """The mended row, and the codes of what was wrong.
+
+    Args:
+        columns: what the shape's columns are called in the file (see `Input`).
 
     Raises:
         RowError: it has a mistake that can't be mended.
@@ -123,9 +126,17 @@ def _mended(row: Row) -> tuple[dict[str, Any], list[str]]:
         if found:
             # A row is left as it is where its format can't hold the mended turns.
             with contextlib.suppress(RowError):
-                value = row.shape.write(replace(example, messages=messages))
+                written = row.shape.write(replace(example, messages=messages))
+                value = _as_called(written, columns)
                 mends += found
     return (_without_nan(value) if "nan" in mends else value), mends
+
+
+def _as_called(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """A row of a shape under the file's own names. A mapped column that the shape leaves out, being
+    empty, stays, since what is mapped has to be there."""
+    named = {columns.get(key, key): value for key, value in row.items()}
+    return {**named, **{name: None for name in columns.values() if name not in named}}
 
 
 def _mended_turns(messages: list[Message]) -> tuple[list[Message], list[str]]:

@@ -132,13 +132,22 @@ def test_outputs_that_cannot_be(
         assert message in err
 
 
-@pytest.mark.parametrize("command", WRITERS)
-def test_a_full_disk_leaves_nothing_behind(work: Path, write_rows: WriteRows, command: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "out"),
+    [
+        *((command, "out.jsonl") for command in WRITERS),
+        ("convert", "out.parquet"),
+        ("convert", "out.arrow"),
+    ],
+)
+def test_a_full_disk_leaves_nothing_behind(
+    work: Path, write_rows: WriteRows, command: str, out: str
+) -> None:
     write_rows("a.jsonl", [chat(f"{n} + 1?", "x" * 5000) for n in range(40)])
     there = sorted(work.iterdir())
 
     done = subprocess.run(
-        [*LAMINA, "data", command, "a.jsonl", *WRITERS[command]],
+        [*LAMINA, "data", command, "a.jsonl", *WRITERS[command], "--out", out],
         capture_output=True,
         text=True,
         timeout=60,
@@ -147,7 +156,7 @@ def test_a_full_disk_leaves_nothing_behind(work: Path, write_rows: WriteRows, co
     )
 
     assert done.returncode == 1
-    assert done.stderr == "error: out.jsonl can't be written: File too large.\n"
+    assert done.stderr == f"error: {out} can't be written: File too large.\n"
     assert sorted(work.iterdir()) == there
 
 

@@ -10,7 +10,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO, ClassVar, cast
 
@@ -194,7 +194,9 @@ class _Columnar(RowWriter):
             self.discard()
 
     def discard(self) -> None:
-        self._waiting.close()
+        # Closing writes what is still held back, which a full disk can't take.
+        with suppress(OSError):
+            self._waiting.close()
         self._waiting_path.unlink(missing_ok=True)
 
     @abstractmethod

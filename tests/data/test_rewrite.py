@@ -120,7 +120,17 @@ def test_strata_keep_their_shares(write_rows: Any, parts: tuple[Path, Path]) -> 
     result = split(Input(write_rows(rows)), *parts, fraction=0.1, stratify_by="kind")
     kinds = [row["kind"] for row in load(parts[1])]
     assert (kinds.count("rare"), kinds.count("common")) == (2, 18)
-    assert sorted(result.strata.values()) == [(18, 2), (162, 18)]
+    assert result.strata == {"rare": (18, 2), "common": (162, 18)}
+
+
+def test_strata_are_called_by_their_values(write_rows: Any, parts: tuple[Path, Path]) -> None:
+    values = ["a\nb", 3, {"k": '"'}, None]
+    rows = [{"text": words(k), "kind": values[k % 4]} for k in range(40)]
+    result = split(
+        Input(write_rows([*rows, '{"text": 1}'])), *parts, fraction=0.5, stratify_by="kind"
+    )
+    assert set(result.strata) == {"a\nb", "3", '{"k": "\\""}', ""}
+    assert result.reasons == {"wrong-type": 1}
 
 
 def test_splits_that_make_no_sense(write_rows: Any, parts: tuple[Path, Path]) -> None:

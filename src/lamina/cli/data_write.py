@@ -161,11 +161,12 @@ def split(
         (done.rows_first, f"written to {out}"),
         (done.rows_second, f"written to {held_out}"),
     ]
-    sys.stdout.write(account(lines, done.rejected, done.rejected_file))
+    sys.stdout.write(account(lines, done.rejected, done.rejected_file, done.reasons))
     if done.groups < done.rows_first + done.rows_second:
         sys.stdout.write(f"Rows that belong together stayed together: {done.groups:,} groups.\n")
     for value, (first, second) in sorted(done.strata.items()):
-        sys.stdout.write(f"  {stratify_by} {value or '(none)'}: {first:,} and {second:,}\n")
+        name = value if value.isprintable() else repr(value)
+        sys.stdout.write(f"  {stratify_by} {name or '(none)'}: {first:,} and {second:,}\n")
 
 
 def dedup(

@@ -126,7 +126,15 @@ def _pairs(index: HashIndex) -> list[tuple[int, int]]:
 
 
 def column_text(value: dict[str, Any] | RowError, column: str | None) -> str | None:
-    """The value of a column, as a text; None if there is none."""
+    """The value of a column: a text as it is, anything else as JSON; None if there is none."""
     if column is None or isinstance(value, RowError) or value.get(column) is None:
         return None
-    return dump_line({"": value[column]}).decode()
+    found = value[column]
+    if isinstance(found, str):
+        return found
+    try:
+        # A date of a columnar file is a text in JSON.
+        text = dump_line({"": found})[5:-2].decode()
+    except RowError:
+        return str(found)
+    return text.strip('"') if text.startswith('"') else text

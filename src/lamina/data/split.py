@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,9 @@ class Split:
 
     Args:
         groups: how many groups of rows were kept together.
-        strata: for each value of the column that was stratified by, the rows of either side.
+        strata: for each value of the column that was stratified by, the rows of either side. Rows
+            without a value are under the empty text.
+        reasons: how many rows were rejected for each kind of mistake, by its code.
     """
 
     first: Path
@@ -37,6 +40,7 @@ class Split:
     rejected: int = 0
     groups: int = 0
     strata: dict[str, tuple[int, int]] = field(default_factory=dict)
+    reasons: Counter[str] = field(default_factory=Counter)
     rejected_file: Path | None = None
 
 
@@ -78,13 +82,18 @@ def split(
     for path in (first, second, rejects_file):
         check_output(path, data.sources, force=force)
     strata: list[str] = []
+    has_column = False
 
     def stratum(row: Row) -> None:
-        strata.append(column_text(row.raw.value, stratify_by) or "")
+        nonlocal has_column
+        value = column_text(row.raw.value, stratify_by)
+        has_column |= value is not None
+        # Interned, so that each value is held only once.
+        strata.append(sys.intern(value or ""))
 
     each = stratum if stratify_by is not None else None
     links = find_links(data, near=near_duplicates, group_by=group_by, each=each)
-    if stratify_by is not None and not any(strata):
+    if stratify_by is not None and not has_column:
         raise DataError(f"{data.name}: no row has the column {stratify_by!r}.")
     result = Split(first, second)
     chosen = _choose(links, strata, fraction, count, seed, result)
@@ -165,6 +174,7 @@ def _write(
                     first.write(row.raw.value)
                     result.rows_first += 1
             except RowError as error:
+                result.reasons[error.code] += 1
                 rejects.add(rejected_line(name, row.raw, error))
             if progress is not None and result.rows_in % PROGRESS_EVERY == 0:
                 progress(result.rows_in)

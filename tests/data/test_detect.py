@@ -48,7 +48,7 @@ def test_mixed_files_are_counted(write_rows: Any) -> None:
 def test_unknown_columns_get_a_proposal(write_rows: Any) -> None:
     (found,) = detect(write_rows([{"the_question": "q", "the_answer": "a", "n": 1}]))
     assert (found.shape, found.confidence) == (None, "unknown")
-    assert "user=the_question assistant=the_answer" in found.ambiguous[0]
+    assert "user=the_question,assistant=the_answer" in found.ambiguous[0]
     (found,) = detect(write_rows([{"body": "q", "n": 1}]))
     assert "text=body" in found.ambiguous[0]
     (found,) = detect(write_rows([{"a": "q", "b": "r"}]))
@@ -57,6 +57,13 @@ def test_unknown_columns_get_a_proposal(write_rows: Any) -> None:
     (found,) = detect(mapped)
     assert (found.shape, found.confidence) == ("table", "certain")
     assert all(column.used for column in found.columns)
+
+
+def test_reasons_are_sentences(write_rows: Any) -> None:
+    assert detect(write_rows([{"text": "a"}]))[0].reasons == ["1 row has 'text'"]
+    rows = write_rows([{"text": "a"}] * 2)
+    assert detect(rows)[0].reasons == ["2 rows have 'text'"]
+    assert detect(Input(rows, shape="text"))[0].reasons == ["2 rows have the format that was named"]
 
 
 def test_how_sure_depends_on_the_rows(write_rows: Any) -> None:

@@ -58,7 +58,7 @@ _ROW = _table(
     (
         "unknown-shape",
         "rows of no known format",
-        "Map the columns (user=COLUMN assistant=COLUMN), or name the format.",
+        "Map the columns (user=COLUMN,assistant=COLUMN), or name the format.",
     ),
     ("missing-column", "rows without a mapped column", "Check the spelling of the mapping."),
     ("wrong-type", "values of the wrong type", "Give the type that the format asks for."),

@@ -126,7 +126,7 @@ def _look(
             yield raw, None, None, error, []
             continue
         row = finder.renamed(raw.value)
-        reason = "it was named" if data.shape is not None else shape.fits(row)
+        reason = "has the format that was named" if data.shape is not None else shape.fits(row)
         remarks = [
             f"it also {why} ({other.title}), and is read as {shape.title}: name the shape "
             f"'{other.name}' for the other reading"
@@ -136,13 +136,16 @@ def _look(
         if shape.name in ("prompt-completion", "feedback") and isinstance(row.get("prompt"), str):
             remarks.append(
                 "its prompts are plain text, and are trained without a chat template: map the "
-                "columns (user=prompt, assistant=completion) if they are questions for a chat model"
+                "columns (user=prompt,assistant=completion) if they are questions for a chat model"
             )
         yield raw, shape.name, reason, error, remarks
 
 
 def _conclude(result: Detection, readable: int, reasons: Counter[str], notes: Counter[str]) -> None:
-    result.reasons = [f"{count_rows(count)} {reason}" for reason, count in reasons.most_common()]
+    result.reasons = [
+        f"{count_rows(count, 'has', 'have')} {reason.removeprefix('has ')}"
+        for reason, count in reasons.most_common()
+    ]
     result.ambiguous = [f"{count_rows(count)}: {note}." for note, count in notes.most_common()]
     if result.container == "text":
         result.ambiguous.append(
@@ -180,9 +183,9 @@ def _suggest(columns: list[Column]) -> str | None:
     if question and answer:
         return (
             f"No known format has these columns. If {question!r} holds questions and {answer!r} "
-            f"their answers, map them: user={question} assistant={answer}."
+            f"their answers, map them: user={question},assistant={answer}."
         )
     if len(texts) == 1:
         only = texts[0]
         return f"No known format has these columns. If {only!r} is text, map it: text={only}."
-    return "No known format has these columns: map them, e.g. user=COLUMN assistant=COLUMN."
+    return "No known format has these columns: map them, e.g. user=COLUMN,assistant=COLUMN."

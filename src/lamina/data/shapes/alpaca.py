@@ -66,8 +66,9 @@ class Table(Shape):
     name = "table"
     title = "question and answer columns, mapped to `user` and `assistant`"
     about = (
-        "For tables of questions and answers: map the columns, as in `--map user=question "
-        "assistant=answer` (and `system=...`). They become a conversation of one exchange."
+        "For tables of questions and answers: map the columns, as in "
+        "`--map user=question,assistant=answer` (and `system=...`). They become a conversation of "
+        "one exchange."
     )
     columns = frozenset({"user", "assistant", "system"})
     row: ClassVar[dict[str, Any]] = {"user": "What is 2 + 2?", "assistant": "4"}

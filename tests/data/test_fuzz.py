@@ -76,7 +76,7 @@ def exercise(path: Path, renderer: Renderer, folder: Path) -> None:
     with contextlib.suppress(LaminaError):
         stats(Input(path), renderer, max_length=30, too_long="split", tokens_per_step=100)
     with contextlib.suppress(LaminaError):
-        shown = preview(Input(path), renderer)
+        shown = list(preview(Input(path), renderer))
         to_text(shown, color=False).encode()
         to_html(shown, title="x").encode()
     with contextlib.suppress(LaminaError):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lamina.data.formats import Input
+from lamina.data.formats import Input, Row
 from lamina.data.preview import CLOSE, OPEN, preview, to_html, to_json, to_text
 from lamina.data.stats import Quantiles, stats
 from lamina.data.template import Renderer
@@ -26,7 +26,7 @@ def test_a_preview_shows_what_is_learned_without_colour(
     renderer: Renderer, write_rows: Any
 ) -> None:
     path = write_rows([chat("Hi", "Héllo ☺ wörld"), {"messages": []}])
-    shown = preview(Input(path), renderer)
+    shown = list(preview(Input(path), renderer))
     text = to_text(shown, color=False)
     assert f"<|im_start|>assistant\n{OPEN}Héllo ☺ wörld<|im_end|>{CLOSE}" in text
     assert text.count(OPEN) == 1
@@ -67,7 +67,7 @@ def test_ids_on_request(renderer: Renderer, write_rows: Any) -> None:
 
 
 def test_control_characters_do_not_reach_the_terminal(renderer: Renderer, write_rows: Any) -> None:
-    shown = preview(Input(write_rows([chat("\x1b[31mred\x07", "ok")])), renderer)
+    shown = list(preview(Input(write_rows([chat("\x1b[31mred\x07", "ok")])), renderer))
     assert "\x1b" not in to_text(shown, color=False)
     assert "\\x1b[31mred\\x07" in to_text(shown, color=False)
 
@@ -76,6 +76,17 @@ def test_rows_are_chosen_by_place(renderer: Renderer, write_rows: Any) -> None:
     path = write_rows([{"text": f"text {k}"} for k in range(9)])
     shown = preview(Input(path), renderer, start=4, count=2)
     assert [row.place for row in shown] == [f"{path}:5", f"{path}:6"]
+
+
+def test_rows_are_read_as_they_are_asked_for(renderer: Renderer, write_rows: Any) -> None:
+    data = Input(write_rows([{"text": f"text {k}"} for k in range(9)]))
+    read: list[Row] = []
+    rows = data.rows()
+    data.rows = lambda: (read.append(row) or row for row in rows)  # type: ignore[method-assign, func-returns-value]
+    shown = preview(data, renderer, count=9)
+    assert read == []
+    next(shown)
+    assert len(read) == 1
 
 
 def test_json_has_labels(renderer: Renderer, write_rows: Any) -> None:

@@ -50,8 +50,10 @@ class PreviewRow:
     error: str | None = None
 
 
-def preview(data: Input, renderer: Renderer, *, start: int = 0, count: int = 3) -> list[PreviewRow]:
-    """Rows as they will be trained.
+def preview(
+    data: Input, renderer: Renderer, *, start: int = 0, count: int = 3
+) -> Iterator[PreviewRow]:
+    """Rows as they will be trained, one by one as they are asked for.
 
     Args:
         start: how many rows to pass over.
@@ -60,21 +62,18 @@ def preview(data: Input, renderer: Renderer, *, start: int = 0, count: int = 3) 
     Raises:
         DataError: the data can't be read.
     """
-    rows = list(islice(data.rows(), start, start + count))
-    shown = []
-    for row in rows:
+    decode = _Decoder(renderer.tokenizer)
+    for row in islice(data.rows(), start, start + count):
         place, shape = data.place(row), row.shape.name if row.shape else None
         if isinstance(row.example, RowError):
-            shown.append(PreviewRow(place, shape, (), row.example.message))
+            yield PreviewRow(place, shape, (), row.example.message)
             continue
         (result,) = renderer.render_many([row.example])
         if isinstance(result, RowError):
-            shown.append(PreviewRow(place, shape, (), result.message))
+            yield PreviewRow(place, shape, (), result.message)
             continue
-        decode = _Decoder(renderer.tokenizer)
         samples = tuple(PreviewSample(s, tuple(decode.parts(s))) for s in result)
-        shown.append(PreviewRow(place, shape, samples))
-    return shown
+        yield PreviewRow(place, shape, samples)
 
 
 class _Decoder:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lamina.data.convert import PROGRESS_EVERY
 from lamina.data.dedup import dedup
 from lamina.data.formats import Input
 from lamina.data.groups import Groups
@@ -52,6 +53,16 @@ def test_groups_are_the_connected_parts(size: int, pairs: list[tuple[int, int]])
 
 
 # -- split ----------------------------------------------------------------------------------------
+
+
+def test_every_pass_tells_its_progress(write_rows: Any, tmp_path: Path) -> None:
+    data = Input(write_rows([{"text": f"text {k}"} for k in range(PROGRESS_EVERY + 1)]))
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    told: list[int] = []
+    dedup(data, one, progress=told.append, force=True)
+    mend(data, one, progress=told.append, force=True)
+    split(data, one, other, count=1, near_duplicates=False, progress=told.append, force=True)
+    assert told == [PROGRESS_EVERY] * 6
 
 
 @pytest.fixture

@@ -240,7 +240,8 @@ def no_such_choice(option: str, value: str, known: Sequence[str]) -> UsageError:
 
 @contextmanager
 def row_progress(title: str) -> Iterator[Callable[[int], None]]:
-    """On a terminal, a line with the rows done so far and their rate; elsewhere nothing."""
+    """On a terminal, a line with the rows done so far and their rate; elsewhere nothing. Fewer rows
+    than before are the beginning of another pass, with a rate of its own."""
     out = console()
     if not out.is_terminal:
         yield lambda rows: None
@@ -257,8 +258,14 @@ def row_progress(title: str) -> Iterator[Callable[[int], None]]:
     ) as bar:
         task = bar.add_task(title, total=None, rows="")
 
+        before, began = 0, 0.0
+
         def show(rows: int) -> None:
-            elapsed = bar.tasks[0].elapsed or 0
+            nonlocal before, began
+            now = bar.tasks[0].elapsed or 0.0
+            if rows < before:
+                began = now
+            before, elapsed = rows, now - began
             rate = f", {rows / elapsed:,.0f} a second" if elapsed > 1 else ""
             bar.update(task, rows=f"{rows:,} rows{rate}")
 

@@ -48,6 +48,7 @@ def dedup(
     Args:
         near: also leave out rows that are nearly the same as an earlier one.
         threshold: from which similarity (Jaccard index of 8-grams) on.
+        progress: called now and then with the number of rows done, from 0 again in each pass.
 
     Raises:
         DataError: a file can't be read or written.
@@ -55,7 +56,7 @@ def dedup(
     rejects_file = rejected_path(output)
     for path in (output, rejects_file):
         check_output(path, data.sources, force=force)
-    links = find_links(data, near=near, threshold=threshold)
+    links = find_links(data, near=near, threshold=threshold, progress=progress)
     repeats: dict[int, RowError] = {}
     for one, other, similarity in sorted(links.near, key=lambda pair: pair[1]):
         # What is like a row that is left out itself is not left out because of it.

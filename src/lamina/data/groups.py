@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Callable
 from typing import Any
 
+from lamina.data.convert import PROGRESS_EVERY
 from lamina.data.fingerprints import HashIndex, content_of, fingerprint
 from lamina.data.formats import Input, Places, Row
 from lamina.data.jsonio import dump_line
@@ -68,6 +69,7 @@ def find_links(
     threshold: float = 0.8,
     group_by: str | None = None,
     each: Callable[[Row], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Links:
     """Find the rows that belong together.
 
@@ -75,6 +77,7 @@ def find_links(
         near: also find those that are nearly the same, from that `threshold` on.
         group_by: a column; rows with the same value of it belong together.
         each: called with every row.
+        progress: called now and then with the number of rows read.
 
     Raises:
         DataError: the data can't be read, or no row has the column.
@@ -87,6 +90,9 @@ def find_links(
     try:
         for row in data.rows():
             links.places.add(row.file, [row.raw.line])
+            rows = row.index + 1
+            if progress is not None and rows % PROGRESS_EVERY == 0:
+                progress(rows)
             example = row.example
             links.usable.append(not isinstance(example, RowError))
             if each is not None:

@@ -57,13 +57,16 @@ def mend(
     """Write a corrected copy. Changed rows are listed in `OUT.mends.jsonl`, an object a line with
     `file`, `line`, `code` and `mend`; rows that can't be mended are in `OUT.rejected.jsonl`.
 
+    Args:
+        progress: called now and then with the number of rows done, from 0 again in each pass.
+
     Raises:
         DataError: a file can't be read or written.
     """
     rejects_file, list_file = rejected_path(output), mends_path(output)
     for path in (output, rejects_file, list_file):
         check_output(path, data.sources, force=force)
-    links = find_links(data, near=False)
+    links = find_links(data, near=False, progress=progress)
     repeats = {other: one for one, other in links.same}
     result = Mended(output)
     with (

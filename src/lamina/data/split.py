@@ -66,6 +66,7 @@ def split(
     Args:
         fraction, count: how many rows `second` gets, as a share of all or as a number.
         stratify_by: a column: of each of its values, `second` gets the same share.
+        progress: called now and then with the number of rows done, from 0 again in each pass.
 
     Raises:
         DataError: the request makes no sense, or a file can't be read or written.
@@ -92,7 +93,7 @@ def split(
         strata.append(sys.intern(value or ""))
 
     each = stratum if stratify_by is not None else None
-    links = find_links(data, near=near_duplicates, group_by=group_by, each=each)
+    links = find_links(data, near=near_duplicates, group_by=group_by, each=each, progress=progress)
     if stratify_by is not None and not has_column:
         raise DataError(f"{data.name}: no row has the column {stratify_by!r}.")
     result = Split(first, second)

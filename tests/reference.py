@@ -171,4 +171,5 @@ def padded(sequences: Sequence[tuple[list[int], list[bool]]]) -> dict[str, Tenso
 
 def distance(a: Tensor, b: Tensor) -> float:
     """`||a - b|| / ||b||`."""
-    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm().clamp_min(1e-30))

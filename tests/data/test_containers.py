@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,13 @@ def test_globs_and_missing_files(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         find_sources([f"{tmp_path}/*.csv", tmp_path / "none.jsonl"])
     assert len(caught.value.problems) == 2
+
+
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="can't be read") as caught:
+        find_sources(tmp_path / "pipe")
+    assert "pipe is not an ordinary file" in caught.value.problems[0]
 
 
 # -- JSON's own mistakes --------------------------------------------------------------------------

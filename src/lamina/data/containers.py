@@ -134,6 +134,11 @@ def _sources_of(given: Path | str) -> list[Source]:
             f"{path} is a folder, but not one that a dataset was saved in: name its files."
         )
     if path.exists():
+        if not path.is_file():
+            # A pipe would silently lose what was read to tell its container.
+            raise DataError(
+                f"{path} is not an ordinary file, and data is read more than once: save it first."
+            )
         return [_examine(path)]
     if any(char in str(given) for char in "*?["):
         matches = sorted(p for p in glob.glob(str(given), recursive=True) if Path(p).is_file())

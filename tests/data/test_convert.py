@@ -260,3 +260,8 @@ def test_messages_have_roles(tmp_path: Path, write_rows: Any) -> None:
     ]
     with pytest.raises(DataError, match="Nothing can be mapped to 'usr'"):
         Input(path, columns={"usr": "question"})
+    # In everyday words, as on the command line.
+    everyday = Input(path, columns={"question": "question", "answer": "answer"})
+    assert everyday.columns == mapped.columns
+    with pytest.raises(DataError, match="Two columns are mapped to 'user'"):
+        Input(path, columns={"question": "question", "user": "answer"})

@@ -134,9 +134,6 @@ TooLongPolicy = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Write over files that exist.")]
 
-#: What a table's columns are called in everyday words.
-_ALIASES = {"question": "user", "answer": "assistant"}
-
 
 # -- data -----------------------------------------------------------------------------------------
 
@@ -186,11 +183,13 @@ def parse_columns(given: Sequence[str]) -> dict[str, str]:
     Raises:
         UsageError: it doesn't look like that, or says one thing twice.
     """
+    from lamina.data.formats import ALIASES
+
     columns: dict[str, str] = {}
     for text in given:
         for pair in re.split(r",(?=\w+=)", text):
             name, equals, column = pair.partition("=")
-            name = _ALIASES.get(name.strip(), name.strip())
+            name = ALIASES.get(name.strip(), name.strip())
             if not equals or not name or not column:
                 raise UsageError(
                     f"--map {text}: {pair!r} is not NAME=COLUMN",

@@ -14,7 +14,7 @@ from lamina.data.messages import Example, RowError
 from lamina.data.shapes import Shape, ShapeFinder, shape_named
 from lamina.errors import DataError
 
-__all__ = ["Input", "Places", "Problems", "Row", "count_rows"]
+__all__ = ["ALIASES", "Input", "Places", "Problems", "Row", "count_rows"]
 
 #: How many mistakes a message lists before it only counts them.
 SHOWN = 10
@@ -41,6 +41,9 @@ _MAPPABLE = [
     "input_ids",
     "labels",
 ]
+
+#: What a table's columns are called in everyday words.
+ALIASES = {"question": "user", "answer": "assistant"}
 
 
 @dataclass(slots=True)
@@ -86,7 +89,8 @@ class Input:
     Args:
         paths: files, glob patterns, saved datasets or names of hub datasets.
         shape: the name of the shape of all rows; found row by row if None.
-        columns: what a column of a shape is called in these files, e.g. `{"user": "question"}`.
+        columns: what a column of a shape is called in these files, e.g. `{"user": "Frage"}`.
+            `question` and `answer` are other words for `user` and `assistant`.
         text_rows: what a row of a plain text file is.
 
     Raises:
@@ -103,14 +107,17 @@ class Input:
     ):
         self.sources = find_sources(paths)
         self.shape = None if shape is None else shape_named(shape)
-        self.columns = dict(columns or {})
+        self.columns = {ALIASES.get(name, name): column for name, column in (columns or {}).items()}
         self.text_rows: TextRows = text_rows
         unknown = [column for column in self.columns if column not in _MAPPABLE]
         if unknown:
             raise DataError(
                 f"Nothing can be mapped to {', '.join(map(repr, unknown))}.",
-                hint=f"Known columns: {', '.join(_MAPPABLE)}.",
+                hint=f"Known columns: {', '.join([*_MAPPABLE, *ALIASES])}.",
             )
+        twice = [name for alias, name in ALIASES.items() if {alias, name} <= set(columns or {})]
+        if twice:
+            raise DataError(f"Two columns are mapped to {', '.join(map(repr, twice))}.")
 
     @property
     def name(self) -> str:

@@ -54,7 +54,8 @@ _INTRODUCTION = """\
 Any chat dataset in, exactly the intended tokens trained, and everybody can see that. Every command
 that takes data (`lamina tune`, `lamina eval`, `lamina data ...`) takes it in all of these formats.
 
-This page is made from the code (`python -m lamina.data.reference`), and a test holds it to it.
+The commands themselves are in [data-commands.md](data-commands.md). This page is made from the code
+(`python -m lamina.data.reference`), and a test holds it to it.
 
 ## Files
 

@@ -22,7 +22,7 @@ from lamina.engine.loop import tune
 from lamina.engine.run import RunFolder
 from lamina.errors import LaminaError, RecipeError, StoreError, TrainingError
 from lamina.evaluate.score import evaluate
-from lamina.recipe.load import save_recipe
+from lamina.recipe.load import load_recipe, save_recipe
 from lamina.recipe.schema import Recipe
 from lamina.telemetry.events import EvalEvent, StartEvent, StepEvent, read_events
 
@@ -156,6 +156,15 @@ def test_a_store_of_another_model_is_refused(
     with pytest.raises(StoreError, match="isn't that of") as caught:
         tune(other, data=[chats], out=tmp_path / "run")
     assert any("model_type" in problem for problem in caught.value.problems)
+
+
+def test_a_store_of_the_other_small_model_is_refused(
+    stores: Path, chats: Path, tmp_path: Path
+) -> None:
+    """Known without building either."""
+    wrong = load_recipe("mini-maverick", {"store": str(stores / "mixtral"), "codec": "bf16"})
+    with pytest.raises(StoreError, match="isn't that of mini-maverick"):
+        tune(wrong, data=[chats], out=tmp_path / "run")
 
 
 def test_an_adapter_of_another_shape_is_refused(

@@ -10,7 +10,7 @@ from typing import Any
 
 from lamina.errors import CheckpointError, StoreError
 from lamina.models import load_family
-from lamina.models.mini import MINI_NAMES, ensure_mini, mini_path
+from lamina.models.mini import MINI_MODEL_TYPES, MINI_NAMES, ensure_mini, mini_path
 from lamina.recipe.places import store_folder
 from lamina.recipe.schema import Recipe
 from lamina.store.convert import prepare as convert
@@ -78,12 +78,10 @@ def _check_same(recipe: Recipe, store: Store) -> None:
     problems = []
     if store.codec != recipe.codec:
         problems.append(f"it holds {store.codec}, and the recipe says codec {recipe.codec}")
-    folder = (
-        mini_path(recipe.model) if recipe.model in MINI_NAMES else Path(recipe.model).expanduser()
-    )
-    if (folder / "config.json").is_file():
-        theirs = _read_config(folder)
-        keys = sorted(theirs.keys() | store.config.keys())
+    theirs = _known_config(recipe.model)
+    if theirs is not None:
+        # Of a small model that isn't built only its type is known.
+        keys = sorted(theirs if len(theirs) == 1 else theirs.keys() | store.config.keys())
         if theirs.get("model_type") != store.config.get("model_type"):
             keys = ["model_type"]  # the rest follows from that
         problems += [
@@ -99,6 +97,19 @@ def _check_same(recipe: Recipe, store: Store) -> None:
             problems=problems[:8],
             hint="Give the store of this model (store=...), or prepare it into another folder.",
         )
+
+
+def _known_config(model: str) -> dict[str, Any] | None:
+    """As much of a model's config.json as this machine has, without building or downloading it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = mini_path(model) if model in MINI_NAMES else Path(model).expanduser()
+    if (folder / "config.json").is_file():
+        return _read_config(folder)
+    if model in MINI_NAMES:
+        return {"model_type": MINI_MODEL_TYPES[model]}
+    cached = try_to_load_from_cache(model, "config.json") if model.count("/") == 1 else None
+    return _read_config(Path(cached).parent) if isinstance(cached, str) else None
 
 
 def _short(value: Any) -> str:

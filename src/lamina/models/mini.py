@@ -37,7 +37,7 @@ from lamina.errors import CheckpointError
 from lamina.models.mini_parent import PARENT, Parent, find_parent, interleaved
 from lamina.recipe.places import home
 
-__all__ = ["MINI_NAMES", "PARENT", "build_mini", "ensure_mini", "mini_path"]
+__all__ = ["MINI_MODEL_TYPES", "MINI_NAMES", "PARENT", "build_mini", "ensure_mini", "mini_path"]
 
 #: Raised when the bytes that `build_mini` writes change, so that older copies are built again.
 _VERSION = 1
@@ -360,6 +360,8 @@ _MINIS = {
 }
 #: The small models there are.
 MINI_NAMES = tuple(_MINIS)
+#: transformers' `model_type` of each, known without building it.
+MINI_MODEL_TYPES = {"mini-mixtral": "mixtral", "mini-maverick": "llama4_text"}
 
 
 # ----------------------------------------------------------------------------------------------

@@ -36,10 +36,10 @@ MODEL = "mini-maverick"
 #: What the recipe doesn't say: short rows, so small steps; a task soon learned, so few of them.
 OVERRIDES = [
     "target_modules=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
-    "tokens_per_step=2048",
+    "tokens_per_step=1024",
     "max_length=512",
-    "max_steps=16",
-    "warmup_steps=1",
+    "max_steps=24",
+    "warmup_steps=2",
     "learning_rate=1e-3",
 ]
 #: The longest right answer has 70. A model that hasn't learned to end one talks on.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -61,19 +60,16 @@ def test_examples_show_a_failure_if_there_is_one() -> None:
 
 @pytest.mark.slow
 def test_demo_learns_within_its_time(tmp_path: Path) -> None:
-    """Twice, since it may be run again over what it left."""
-    for _ in range(2):
-        begun = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, demo.__file__],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONWARNINGS": "default"},
-        )
-        seconds = time.monotonic() - begun
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "Warning" not in done.stdout + done.stderr
-        assert (tmp_path / "demo" / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    """Over what an earlier demo left, since it may be run again."""
+    left = tmp_path / "demo" / "run"
+    left.mkdir(parents=True)
+    (left / "recipe.yaml").write_text("model: mini-maverick\n")
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, demo.__file__], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    seconds = time.monotonic() - begun
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "warning" not in (done.stdout + done.stderr).lower()
+    assert (left / "adapter" / "adapter_model.safetensors").is_file()
     assert seconds < 360

@@ -1,7 +1,6 @@
 """Adapters of the real small models in PEFT, on the transformers checkpoint: the same logits.
 
-Each adapter is strong: it moves log probabilities at least ten times as far as the bound on their
-difference, so that a projection left out would show.
+Each adapter is strong, so that a projection left out would show.
 """
 
 from __future__ import annotations
@@ -116,7 +115,11 @@ def test_peft_gives_the_same_logits(name: str, codec: str, tmp_path: Path) -> No
     model = model.to(torch.bfloat16)
     with torch.no_grad():
         in_bf16 = model(torch.tensor([ids])).logits[0]
+    # In bf16 rounding alone moves the log probabilities of so strong an adapter by a tenth
+    # (docs/log.md): what can be asked is that we lose no more by it than transformers + PEFT do.
     mine = ours(store, adapter, ids, torch.bfloat16)
-    difference = (logprobs(mine) - logprobs(in_bf16)).abs().mean()
-    print(f"{name} {codec}: moved {moved:.2f}, difference in bf16 {difference:.4f}")
-    assert difference < 0.05
+    error = (logprobs(mine) - logprobs(in_fp32)).abs().mean()
+    their_error = (logprobs(in_bf16) - logprobs(in_fp32)).abs().mean()
+    print(f"{name} {codec}: moved {moved:.2f}; bf16 loses {error:.4f}, in PEFT {their_error:.4f}")
+    assert error < 1.5 * their_error
+    assert error < moved / 2

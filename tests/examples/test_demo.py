@@ -68,8 +68,7 @@ def test_demo_learns(tmp_path: Path) -> None:
         text=True,
         check=False,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONWARNINGS": "default"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "Warning" not in done.stdout + done.stderr
+    assert "warning" not in (done.stdout + done.stderr).lower()
     assert (tmp_path / "demo" / "run" / "adapter" / "adapter_model.safetensors").is_file()

@@ -115,9 +115,9 @@ def test_peft_gives_the_same_logits(name: str, codec: str, tmp_path: Path) -> No
     model = model.to(torch.bfloat16)
     with torch.no_grad():
         in_bf16 = model(torch.tensor([ids])).logits[0]
-    # In bf16 rounding alone moves the log probabilities of so strong a random adapter by a tenth and
-    # more, in PEFT as here, since it sends tokens to other experts (docs/log.md). The tight bound is
-    # the one in fp32; here a projection left out would still show.
+    # In bf16 rounding alone moves the log probabilities of so strong a random adapter by a tenth
+    # and more, in PEFT as here, since it sends tokens to other experts (docs/log.md). The tight
+    # bound is the one in fp32; here a projection left out would still show.
     mine = ours(store, adapter, ids, torch.bfloat16)
     error = (logprobs(mine) - logprobs(in_fp32)).abs().mean()
     their_error = (logprobs(in_bf16) - logprobs(in_fp32)).abs().mean()

@@ -22,7 +22,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 @pytest.fixture(scope="session", autouse=True)
 def lamina_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The place of stores and small models for this session, shared by its tests."""
+    """The place of stores and small models of a test run, shared by its tests."""
     home = tmp_path_factory.mktemp("lamina-home")
     os.environ["LAMINA_HOME"] = str(home)
     return home

@@ -81,7 +81,7 @@ def lamina(job: dict[str, Any]) -> dict[str, Any]:
         seconds = []
         for step in range(1 + job["steps"]):
             start = time.monotonic()
-            optimizer.zero_grad()
+            adapter.zero_grad()
             result = engine.forward_backward(batch, then="step" if step < job["steps"] else None)
             optimizer.step()
             seconds.append(time.monotonic() - start)

@@ -112,10 +112,17 @@ class RoutingRecord:
 
 
 class BlockRunner:
-    """Runs the blocks of a family, with or without an adapter, forward and backward."""
+    """Runs the blocks of a family, with or without an adapter, forward and backward.
 
-    def __init__(self, family: Family, source: WeightSource, adapter: Adapter | None):
+    Args:
+        group_tokens: how many of an expert's tokens go through it at once.
+    """
+
+    def __init__(
+        self, family: Family, source: WeightSource, adapter: Adapter | None, group_tokens: int
+    ):
         self.family = family
+        self.group_tokens = group_tokens
         self.source = source
         self.adapter = adapter
         self._places = {block.name: place for place, block in enumerate(family.blocks)}
@@ -219,6 +226,7 @@ class BlockRunner:
             self._experts_lora(block, self._seed(step_seed, block, len(groups))),
             out_TH,
             scale_input=self.family.weights_scale_input,
+            most_rows=self.group_tokens,
         )
         return out_TH, RoutingRecord(indices_TK, probs_sum_E)
 
@@ -301,6 +309,7 @@ class BlockRunner:
                 self._experts_lora(block, self._seed(step_seed, block, len(groups))),
                 dout_TH,
                 scale_input=self.family.weights_scale_input,
+                most_rows=self.group_tokens,
             )
             del n_TH
         # 2. The rest of the block, group by group, with what the experts pass back to it.

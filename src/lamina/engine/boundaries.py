@@ -1,27 +1,54 @@
-"""The inputs of the blocks, kept in host memory from a step's forward to its backward."""
+"""The inputs of the blocks, kept in host memory from a step's forward to its backward.
+
+They lie in one slab that is allocated once and grows only when a step brings more tokens. Kept as
+tensors of their own they would lie between the temporaries of the blocks, and the holes that these
+leave cost half of the process's memory, or half of its time where they are given back (docs/log.md).
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from lamina.store.reader import aligned_buffer
+
 
 class Boundaries:
-    """Block inputs `[T, H]` by block name; `take` gives one back and forgets it."""
+    """Block inputs `[T, H]`, by their place in the walk.
 
-    def __init__(self, device: torch.device):
+    Args:
+        count: how many blocks.
+        device: where the blocks run; `take` brings a boundary there.
+    """
+
+    def __init__(self, count: int, device: torch.device):
+        self._count = count
         self._device = device
-        self._kept: dict[str, Tensor] = {}
+        self._slab_NTH: Tensor | None = None
 
-    def put(self, block: str, x_TH: Tensor) -> None:
-        """Keep a block's input. The engine never writes into it afterwards, so on CPU it is kept as
-        it is."""
-        self._kept[block] = x_TH.to("cpu", non_blocking=False)
+    def put(self, place: int, x_TH: Tensor) -> None:
+        """Keep a block's input."""
+        slab_NTH = self._slab_NTH
+        if slab_NTH is None or slab_NTH.dtype != x_TH.dtype or slab_NTH.shape[1] < len(x_TH):
+            # A step's first boundary: none of this step's is lost.
+            self._slab_NTH = slab_NTH = _allocated(
+                (self._count, *x_TH.shape), x_TH.dtype, pinned=self._device.type == "cuda"
+            )
+        slab_NTH[place, : len(x_TH)].copy_(x_TH)
 
-    def take(self, block: str) -> Tensor:
-        return self._kept.pop(block).to(self._device)
+    def take(self, place: int, tokens: int) -> Tensor:
+        """A block's input again; on CPU it is a view, not to be written into."""
+        assert self._slab_NTH is not None
+        return self._slab_NTH[place, :tokens].to(self._device)
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept now."""
-        return sum(x.numel() * x.element_size() for x in self._kept.values())
+        """Bytes allocated."""
+        return 0 if self._slab_NTH is None else self._slab_NTH.nbytes
+
+
+def _allocated(shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> Tensor:
+    if pinned:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    nbytes = torch.Size(shape).numel() * dtype.itemsize
+    return aligned_buffer(nbytes).view(dtype).view(shape)

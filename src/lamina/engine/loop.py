@@ -260,7 +260,7 @@ class _Trainer:
     def _step(self, number: int, then: Walk | None) -> None:
         start = time.monotonic()
         batch = self.steps[number]
-        self.optimizer.zero_grad(set_to_none=True)
+        self.adapter.zero_grad()
         seed = seed_of(self.recipe.seed, number)
         result = self.engine.forward_backward(batch, seed=seed, then=then)
         grad_norm = self._clip(number, result, batch.rows)

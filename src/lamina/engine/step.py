@@ -17,7 +17,6 @@ from lamina.data.batches import Batch
 from lamina.engine.blocks import AuxLoss, BlockRunner, BlockWeights, Group, RoutingRecord
 from lamina.engine.boundaries import Boundaries
 from lamina.engine.head import logits, logprobs
-from lamina.engine.heap import Heap
 from lamina.engine.sources import Walk, WeightSource
 from lamina.lora.adapter import Adapter
 from lamina.models.common import Family, RaggedAttention
@@ -53,8 +52,8 @@ class Engine:
 
     Args:
         adapter: what is trained, or None for the base model.
-        group_tokens: how many tokens at most go through attention and dense blocks at once (a
-            longer sequence goes alone).
+        group_tokens: how many tokens at most go through a matrix at once (in attention, a longer
+            sequence goes alone).
         logits_bytes: how much memory the head's logits may take.
         router_aux_loss_coef: weight of the auxiliary loss (families that have one).
         on_block: called between blocks; what it raises leaves the step.
@@ -80,9 +79,9 @@ class Engine:
         self.logits_bytes = logits_bytes
         self.router_aux_loss_coef = router_aux_loss_coef
         self._on_block = on_block
-        self._heap = Heap()
-        self.runner = BlockRunner(family, source, adapter)
+        self.runner = BlockRunner(family, source, adapter, group_tokens)
         self._embed, *self._body, self._head = family.blocks
+        self._boundaries = Boundaries(len(self._body), self.device)
 
     # --- the step
 
@@ -103,15 +102,15 @@ class Engine:
         assert self.adapter is not None, "the base model alone has nothing to train"
         self.source.begin("step", then=then)
         groups = self._groups(batch)
-        boundaries, records = Boundaries(self.device), {}
+        records: dict[int, RoutingRecord] = {}
 
         x_TH = self._embedded(batch)
-        for block in self._body:
+        for place, block in enumerate(self._body):
             self._between_blocks()
-            boundaries.put(block.name, x_TH)
+            self._boundaries.put(place, x_TH)
             x_TH, record = self.runner.forward(block, x_TH, groups, seed)
             if record is not None:
-                records[block.name] = record
+                records[place] = record
 
         logp_L, dlogp_LH = self._logprobs(batch, x_TH, gradient=True)
         assert dlogp_LH is not None
@@ -127,10 +126,10 @@ class Engine:
             block = self._body[place]
             dx_TH = self.runner.backward(
                 block,
-                boundaries.take(block.name),
+                self._boundaries.take(place, batch.num_tokens),
                 dx_TH,
                 groups,
-                record=records.pop(block.name, None),
+                record=records.pop(place, None),
                 aux=aux,
                 step_seed=seed,
                 input_grad=place > first,
@@ -166,7 +165,6 @@ class Engine:
     def _between_blocks(self) -> None:
         if self._on_block is not None:
             self._on_block()
-        self._heap.trim()
 
     def _groups(self, batch: Batch) -> list[Group]:
         positions_T = batch.position_ids_T.to(self.device)

@@ -158,6 +158,15 @@ class Adapter:
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def zero_grad(self) -> None:
+        """Set all gradients to zero, in place: they are allocated once, so that they don't lie between
+        the temporaries of the blocks."""
+        for parameter in self.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            else:
+                parameter.grad.zero_()
+
     def init_routers(self, source: DenseWeights) -> None:
         """Start trained routers from the base model's weights."""
         for block in self.family.blocks:

@@ -12,7 +12,7 @@ then up), E = experts, R = rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -109,6 +109,19 @@ class Dispatch:
 #: zeros gives zeros, forward and backward.
 _ROWS = 64
 
+#: What the seeds of two parts of an expert's tokens differ by.
+_PART_SEED = 1 << 40
+
+
+def _parts(where: slice, most: int) -> Iterator[slice]:
+    """A range in parts of about one size, at most `most` each: a bound on memory, and few shapes."""
+    count = where.stop - where.start
+    size = -(-count // -(-count // most))
+    if size > _ROWS:
+        size = min(-(-size // _ROWS) * _ROWS, most)
+    for start in range(where.start, where.stop, size):
+        yield slice(start, min(start + size, where.stop))
+
 
 def _gathered(x_TH: Tensor, token_P: Tensor) -> Tensor:
     """One expert's rows of `x`, filled up with zeros: `[at least P, H]`."""
@@ -129,6 +142,14 @@ def _weights_of(weights_TK: Tensor, token_P: Tensor, slot_P: Tensor, rows: int) 
     return out
 
 
+def _of_part(pair: Pair | None, number: int) -> Pair | None:
+    """The adapter as a part of an expert's tokens sees it: with a dropout mask of its own."""
+    if pair is None or pair.dropout is None:
+        return pair
+    dropout = Dropout(pair.dropout.p, pair.dropout.seed + _PART_SEED * number)
+    return Pair(pair.a, pair.b, pair.scaling, dropout)
+
+
 def _add_adapter(y: Tensor, x: Tensor, pair: Pair | None) -> Tensor:
     if pair is None:
         return y
@@ -146,29 +167,33 @@ def experts_forward(
     out_TH: Tensor,
     *,
     scale_input: bool,
+    most_rows: int,
 ) -> None:
     """Add the routed experts' outputs to `out_TH`, in place. No autograd.
 
     Args:
         weights_TK: the routing weights; they multiply an expert's input if `scale_input` is set,
             its output otherwise.
+        most_rows: how many of an expert's tokens are worked on at once.
     """
     weights_TK = weights_TK.to(x_TH.dtype)
     for expert, where in dispatch.ranges.items():
-        token_P, slot_P = dispatch.token_P[where], dispatch.slot_P[where]
-        gate_up_pair, down_pair = lora.pairs(expert)
+        pairs = lora.pairs(expert)
         with take(expert) as weights:
-            x_PH = _gathered(x_TH, token_P)
-            weight_P1 = _weights_of(weights_TK, token_P, slot_P, len(x_PH))
-            if scale_input:
-                x_PH.mul_(weight_P1)
-            gate_up_PF = _add_adapter(F.linear(x_PH, weights.gate_up_FH), x_PH, gate_up_pair)
-            gate_PI, up_PI = gate_up_PF.chunk(2, dim=-1)
-            h_PI = F.silu(gate_PI).mul_(up_PI)
-            y_PH = _add_adapter(F.linear(h_PI, weights.down_HI), h_PI, down_pair)
-        if not scale_input:
-            y_PH.mul_(weight_P1)
-        out_TH.index_add_(0, token_P, y_PH[: len(token_P)])
+            for number, part in enumerate(_parts(where, most_rows)):
+                token_P, slot_P = dispatch.token_P[part], dispatch.slot_P[part]
+                gate_up_pair, down_pair = (_of_part(pair, number) for pair in pairs)
+                x_PH = _gathered(x_TH, token_P)
+                weight_P1 = _weights_of(weights_TK, token_P, slot_P, len(x_PH))
+                if scale_input:
+                    x_PH.mul_(weight_P1)
+                gate_up_PF = _add_adapter(F.linear(x_PH, weights.gate_up_FH), x_PH, gate_up_pair)
+                gate_PI, up_PI = gate_up_PF.chunk(2, dim=-1)
+                h_PI = F.silu(gate_PI).mul_(up_PI)
+                y_PH = _add_adapter(F.linear(h_PI, weights.down_HI), h_PI, down_pair)
+                if not scale_input:
+                    y_PH.mul_(weight_P1)
+                out_TH.index_add_(0, token_P, y_PH[: len(token_P)])
 
 
 def experts_backward(
@@ -180,6 +205,7 @@ def experts_backward(
     dout_TH: Tensor,
     *,
     scale_input: bool,
+    most_rows: int,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the routed experts; the adapters' are added to their `.grad`. No autograd.
 
@@ -192,49 +218,73 @@ def experts_backward(
     dweights_TK = torch.zeros_like(weights_TK, dtype=torch.float32)
     weights_TK = weights_TK.to(x_TH.dtype)
     for expert in reversed(dispatch.ranges):
-        where = dispatch.ranges[expert]
-        token_P, slot_P = dispatch.token_P[where], dispatch.slot_P[where]
-        gate_up_pair, down_pair = lora.pairs(expert)
-        x_PH, dy_PH = _gathered(x_TH, token_P), _gathered(dout_TH, token_P)
-        weight_P1 = _weights_of(weights_TK, token_P, slot_P, len(x_PH))
-        scaled_PH = x_PH * weight_P1 if scale_input else x_PH
         with take(expert) as weights:
-            gate_up_PF = _add_adapter(
-                F.linear(scaled_PH, weights.gate_up_FH), scaled_PH, gate_up_pair
-            )
-            gate_PI, up_PI = gate_up_PF.chunk(2, dim=-1)
-            silu_PI = F.silu(gate_PI)
-            h_PI = silu_PI * up_PI
-
-            dh_PI = dy_PH @ weights.down_HI
-            if down_pair is not None:
-                # The factors' gradients see the weighted gradient, dh the unweighted one: h's own
-                # gradient is needed without the weight first, for the weight's gradient.
-                weighted_PH = dy_PH if scale_input else dy_PH * weight_P1
-                dz_PR, da_RI, db_HR = factor_gradients(h_PI, weighted_PH, down_pair)
-                assert lora.down is not None
-                lora.down.accumulate(expert, da_RI, db_HR)
-                if not scale_input:
-                    dz_PR = (dy_PH @ down_pair.b.to(dy_PH.dtype)).mul_(down_pair.scaling)
-                add_input_gradient(dh_PI, dz_PR, down_pair)
-            if not scale_input:
-                dweight_P = (dh_PI * h_PI).sum(-1, dtype=torch.float32)
+            pairs = lora.pairs(expert)
+            for number, part in enumerate(_parts(dispatch.ranges[expert], most_rows)):
+                token_P, slot_P = dispatch.token_P[part], dispatch.slot_P[part]
+                x_PH, dy_PH = _gathered(x_TH, token_P), _gathered(dout_TH, token_P)
+                weight_P1 = _weights_of(weights_TK, token_P, slot_P, len(x_PH))
+                gate_up_pair, down_pair = (_of_part(pair, number) for pair in pairs)
+                dx_PH, dweight_P = _backward_part(
+                    expert,
+                    weights,
+                    lora,
+                    (gate_up_pair, down_pair),
+                    x_PH,
+                    weight_P1,
+                    dy_PH,
+                    scale_input=scale_input,
+                )
                 dweights_TK[token_P, slot_P] = dweight_P[: len(token_P)]
-                dh_PI.mul_(weight_P1)
-
-            dgate_up_PF = torch.empty_like(gate_up_PF)
-            dgate_PI, dup_PI = dgate_up_PF.chunk(2, dim=-1)
-            torch.mul(dh_PI, silu_PI, out=dup_PI)
-            torch.ops.aten.silu_backward.grad_input(dh_PI.mul_(up_PI), gate_PI, grad_input=dgate_PI)
-            dx_PH = dgate_up_PF @ weights.gate_up_FH
-            if gate_up_pair is not None:
-                dz_PR, da_RH, db_FR = factor_gradients(scaled_PH, dgate_up_PF, gate_up_pair)
-                assert lora.gate_up is not None
-                lora.gate_up.accumulate(expert, da_RH, db_FR)
-                add_input_gradient(dx_PH, dz_PR, gate_up_pair)
-        if scale_input:
-            dweight_P = (dx_PH * x_PH).sum(-1, dtype=torch.float32)
-            dweights_TK[token_P, slot_P] = dweight_P[: len(token_P)]
-            dx_PH.mul_(weight_P1)
-        dx_TH.index_add_(0, token_P, dx_PH[: len(token_P)])
+                dx_TH.index_add_(0, token_P, dx_PH[: len(token_P)])
     return dx_TH, dweights_TK
+
+
+def _backward_part(
+    expert: int,
+    weights: ExpertWeights,
+    lora: ExpertsLora,
+    pairs: tuple[Pair | None, Pair | None],
+    x_PH: Tensor,
+    weight_P1: Tensor,
+    dy_PH: Tensor,
+    *,
+    scale_input: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of some of an expert's tokens and of their routing weights."""
+    gate_up_pair, down_pair = pairs
+    scaled_PH = x_PH * weight_P1 if scale_input else x_PH
+    gate_up_PF = _add_adapter(F.linear(scaled_PH, weights.gate_up_FH), scaled_PH, gate_up_pair)
+    gate_PI, up_PI = gate_up_PF.chunk(2, dim=-1)
+    silu_PI = F.silu(gate_PI)
+    h_PI = silu_PI * up_PI
+
+    dh_PI = dy_PH @ weights.down_HI
+    if down_pair is not None:
+        # The factors' gradients see the weighted gradient, dh the unweighted one: h's own gradient
+        # is needed without the weight first, for the weight's gradient.
+        weighted_PH = dy_PH if scale_input else dy_PH * weight_P1
+        dz_PR, da_RI, db_HR = factor_gradients(h_PI, weighted_PH, down_pair)
+        assert lora.down is not None
+        lora.down.accumulate(expert, da_RI, db_HR)
+        if not scale_input:
+            dz_PR = (dy_PH @ down_pair.b.to(dy_PH.dtype)).mul_(down_pair.scaling)
+        add_input_gradient(dh_PI, dz_PR, down_pair)
+    if not scale_input:
+        dweight_P = (dh_PI * h_PI).sum(-1, dtype=torch.float32)
+        dh_PI.mul_(weight_P1)
+
+    dgate_up_PF = torch.empty_like(gate_up_PF)
+    dgate_PI, dup_PI = dgate_up_PF.chunk(2, dim=-1)
+    torch.mul(dh_PI, silu_PI, out=dup_PI)
+    torch.ops.aten.silu_backward.grad_input(dh_PI.mul_(up_PI), gate_PI, grad_input=dgate_PI)
+    dx_PH = dgate_up_PF @ weights.gate_up_FH
+    if gate_up_pair is not None:
+        dz_PR, da_RH, db_FR = factor_gradients(scaled_PH, dgate_up_PF, gate_up_pair)
+        assert lora.gate_up is not None
+        lora.gate_up.accumulate(expert, da_RH, db_FR)
+        add_input_gradient(dx_PH, dz_PR, gate_up_pair)
+    if scale_input:
+        dweight_P = (dx_PH * x_PH).sum(-1, dtype=torch.float32)
+        dx_PH.mul_(weight_P1)
+    return dx_PH, dweight_P

@@ -19,9 +19,9 @@ _SWITCHES = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_VERBOSITY": "error",
-    # Threads that wait for each other sleep: spinning, two threads on two cores with anything else
-    # on them took twice as long as with this (docs/log.md).
-    "OMP_WAIT_POLICY": "PASSIVE",
+    # How long threads that wait for each other spin before they sleep: the default's milliseconds
+    # take a busy machine's processors, and without any an idle one loses a third (docs/log.md).
+    "GOMP_SPINCOUNT": "10000",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "TRANSFORMERS_VERBOSITY": "error",

@@ -2,7 +2,8 @@
 
 They lie in one slab that is allocated once and grows only when a step brings more tokens. Kept as
 tensors of their own they would lie between the temporaries of the blocks, and the holes that these
-leave cost half of the process's memory, or half of its time where they are given back (docs/log.md).
+leave cost half of the process's memory, or a third of its time where they are given back
+(docs/log.md).
 """
 
 from __future__ import annotations

@@ -149,9 +149,7 @@ class Decoder:
     def __init__(self, model: Model, adapter: Adapter | None):
         self.model = model
         self.source = OnDemandSource(model, _budget(model))
-        self.runner = BlockRunner(
-            model.family, self.source, adapter, model.recipe.group_tokens
-        )
+        self.runner = BlockRunner(model.family, self.source, adapter, model.recipe.group_tokens)
         self._embed, *self._body, self._head = model.family.blocks
 
     def __enter__(self) -> Self:

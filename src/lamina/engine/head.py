@@ -20,6 +20,10 @@ def logits(x_LH: Tensor, norm: Callable[[Tensor], Tensor], head_VH: Tensor) -> T
     return (norm(x_LH) @ head_VH.T).float()
 
 
+#: On a CPU the softmax goes over so many bytes at a time: they stay in its cache.
+_CACHE_BYTES = 4 << 20
+
+
 def logprobs(
     x_LH: Tensor,
     targets_L: Tensor,
@@ -40,28 +44,50 @@ def logprobs(
         the log probabilities `[L]` in fp32, and the gradients `[L, H]` of each with respect to its
         own hidden state.
     """
-    vocab_size = head_VH.shape[0]
-    # At its peak a chunk holds its logits in fp32 and twice in the compute type.
-    bytes_a_token = vocab_size * (4 + 2 * head_VH.element_size())
-    chunk = max(1, chunk_bytes // bytes_a_token)
+    vocab_size, on_cpu = head_VH.shape[0], x_LH.device.type == "cpu"
+    # Of a chunk's logits, all are held in the compute type, and those of a slice in fp32 too.
+    if on_cpu:
+        slice_rows = max(1, _CACHE_BYTES // (vocab_size * 4))
+        rows = (chunk_bytes - slice_rows * vocab_size * 4) // (vocab_size * head_VH.itemsize)
+    else:
+        slice_rows = rows = chunk_bytes // (vocab_size * (4 + head_VH.itemsize))
+    rows = min(max(1, rows), max(1, x_LH.shape[0]))
+    logits_CV = x_LH.new_empty(rows, vocab_size)
+    slice_SV = logits_CV.new_empty(min(rows, max(1, slice_rows)), vocab_size, dtype=torch.float32)
     logp_L = torch.empty(x_LH.shape[0], dtype=torch.float32, device=x_LH.device)
     dlogp_LH = torch.empty_like(x_LH) if gradient else None
-    for start in range(0, x_LH.shape[0], chunk):
-        part = slice(start, start + chunk)
-        targets_C1 = targets_L[part, None]
+    for start in range(0, x_LH.shape[0], rows):
+        part = slice(start, start + rows)
         x_CH = x_LH[part].detach().requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
             n_CH = norm(x_CH)
         with torch.no_grad():
-            logp_CV = torch.log_softmax(n_CH @ head_VH.T, dim=-1, dtype=torch.float32)
-            logp_L[part] = logp_CV.gather(1, targets_C1).squeeze(1)
+            part_CV = torch.mm(n_CH, head_VH.T, out=logits_CV[: len(n_CH)])
+            for first in range(0, len(part_CV), len(slice_SV)):
+                within = slice(first, first + len(slice_SV))
+                logp_L[part][within] = _softmax(
+                    part_CV[within], targets_L[part][within], slice_SV, gradient=gradient
+                )
             if dlogp_LH is None:
                 continue
-            # p - 1 at the target, subtracted before rounding: near certainty it is tiny.
-            error_CV = logp_CV.exp_()
-            rows_C = torch.arange(error_CV.shape[0], device=error_CV.device)
-            error_CV[rows_C, targets_L[part]] -= 1.0
-            dn_CH = (error_CV.to(head_VH.dtype) @ head_VH).neg_()
+            dn_CH = (part_CV @ head_VH).neg_()
         (dx_CH,) = torch.autograd.grad([n_CH], [x_CH], [dn_CH])
         dlogp_LH[part] = dx_CH
     return logp_L, dlogp_LH
+
+
+def _softmax(logits_SV: Tensor, targets_S: Tensor, work_SV: Tensor, *, gradient: bool) -> Tensor:
+    """The targets' log probabilities `[S]`, in fp32. With `gradient`, the logits become the
+    negative of their gradient: the probabilities, minus one at the target."""
+    targets_S1 = targets_S[:, None]
+    soft_SV = work_SV[: len(logits_SV)].copy_(logits_SV)
+    largest_S1 = soft_SV.amax(1, keepdim=True)
+    logp_S1 = soft_SV.gather(1, targets_S1) - largest_S1
+    total_S1 = soft_SV.sub_(largest_S1).exp_().sum(1, keepdim=True)
+    logp_S1 -= total_S1.log()
+    if gradient:
+        soft_SV.div_(total_S1)
+        # Subtracted before rounding to the compute type: near certainty the difference is tiny.
+        soft_SV.scatter_add_(1, targets_S1, torch.full_like(logp_S1, -1.0))
+        logits_SV.copy_(soft_SV)
+    return logp_S1.squeeze(1)

@@ -99,6 +99,7 @@ def tune(
             adapter,
             device=model.device,
             group_tokens=recipe.group_tokens,
+            logits_bytes=model.logits_bytes,
             router_aux_loss_coef=recipe.router_aux_loss_coef,
             on_block=stop.check,
         )

@@ -33,6 +33,11 @@ class Model:
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def logits_bytes(self) -> int:
+        """What a chunk of logits may take."""
+        return size_in_bytes(self.recipe.logits, self.store.total_bytes)
+
     @contextmanager
     def streamed(self) -> Iterator[StreamedSource]:
         """The weights, streamed within the recipe's ring and cache."""

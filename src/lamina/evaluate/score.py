@@ -45,6 +45,7 @@ def evaluate(
             tuned.adapter,
             device=model.device,
             group_tokens=model.recipe.group_tokens,
+            logits_bytes=model.logits_bytes,
         )
         loss, count = mean_loss(engine, samples, model.recipe.tokens_per_step)
     return Score(

@@ -159,8 +159,8 @@ class Adapter:
         return sum(parameter.numel() for parameter in self.parameters())
 
     def zero_grad(self) -> None:
-        """Set all gradients to zero, in place: they are allocated once, so that they don't lie between
-        the temporaries of the blocks."""
+        """Set all gradients to zero, in place: they are allocated once, so that they don't lie
+        between the temporaries of the blocks."""
         for parameter in self.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

@@ -114,7 +114,7 @@ _PART_SEED = 1 << 40
 
 
 def _parts(where: slice, most: int) -> Iterator[slice]:
-    """A range in parts of about one size, at most `most` each: a bound on memory, and few shapes."""
+    """A range in parts of about one size, at most `most` each: little memory, and few shapes."""
     count = where.stop - where.start
     size = -(-count // -(-count // most))
     if size > _ROWS:

@@ -263,8 +263,13 @@ class Recipe(BaseModel):
     # Memory
     group_tokens: PositiveInt = Field(
         default=4096,
-        description="Tokens that attention and dense blocks take at a time, in whole sequences: "
-        "bounds their memory, changes no result.",
+        description="Tokens that go through a matrix at a time (in attention, whole sequences): "
+        "bounds the memory of activations, changes no result.",
+    )
+    logits: Size = Field(
+        default="256MiB",
+        description="Memory for the logits of a chunk of tokens, as bytes or as a share of the "
+        "store.",
     )
     ring: Size = Field(
         default="512MiB",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ import torch
 
 from lamina.data.template import Renderer
 from lamina.engine.prepare import Progress, open_store
+from lamina.engine.renderer import load_renderer
 from lamina.engine.streamed import StreamedSource
-from lamina.errors import StoreError
 from lamina.models import load_family
 from lamina.models.common import Family
 from lamina.recipe.schema import Recipe, size_in_bytes
@@ -58,39 +57,13 @@ def open_model(recipe: Recipe, progress: Progress | None = None) -> Model:
     """
     store = open_store(recipe, progress)
     family = load_family(store.config)
-    tokenizer = _tokenizer(store)
+    renderer = load_renderer(store.path, mask=recipe.mask)
     return Model(
         recipe=recipe,
         store=store,
         family=family,
-        tokenizer=tokenizer,
-        renderer=Renderer(tokenizer, stop_ids=_stop_ids(store), mask=recipe.mask),
+        tokenizer=renderer.tokenizer,
+        renderer=renderer,
         dtype=getattr(torch, recipe.dtype),
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
     )
-
-
-def _tokenizer(store: Store) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return AutoTokenizer.from_pretrained(store.path)
-    except Exception as error:  # transformers and tokenizers raise errors of many types
-        raise StoreError(
-            f"the store in {store.path} has no tokenizer that transformers can load: {error}",
-            hint="Put the model's tokenizer files into the checkpoint and prepare it again.",
-        ) from error
-
-
-def _stop_ids(store: Store) -> tuple[int, ...]:
-    """The end tokens that generation_config.json names, if there is one."""
-    from transformers import GenerationConfig
-
-    if not (store.path / "generation_config.json").is_file():
-        return ()
-    eos = GenerationConfig.from_pretrained(store.path).eos_token_id
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list) else (eos,)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lamina.data.chat.pieces import Mask
 from lamina.data.template import Renderer
@@ -18,10 +18,10 @@ from lamina.recipe.load import load_recipe, recipe_names
 from lamina.recipe.places import store_folder
 from lamina.recipe.schema import Recipe, choices
 
-__all__ = ["load_renderer", "open_renderer"]
+if TYPE_CHECKING:
+    from lamina.engine.prepare import Progress
 
-#: Bytes done, bytes in all, and what is being done.
-Progress = Callable[[int, int, str], None]
+__all__ = ["load_renderer", "open_renderer"]
 
 
 def open_renderer(
@@ -88,7 +88,10 @@ def _unusable(place: Path | str, what: str, error: Exception) -> LaminaError:
             hint="Check the name and the network. A gated model needs HF_TOKEN, once its licence "
             "is accepted on its page.",
         )
-    if (place / "store.json").is_file():
+
+    from lamina.store.layout import MANIFEST
+
+    if (place / MANIFEST).is_file():
         return StoreError(
             message,
             hint="Put the model's tokenizer files into the checkpoint and prepare it again.",

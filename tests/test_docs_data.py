@@ -72,8 +72,13 @@ def run(line: str) -> str:
         given = tune.make_context("tune", words[2:]).params
         recipe = load_recipe(given["recipe"], given["overrides"])
         for file in [*given["data"], *(given["eval_data"] or ())]:
-            rows = Input(file, shape=recipe.data_format, columns=recipe.data_columns).rows()
-            assert not any(isinstance(row.example, RowError) for row in rows), file
+            data = Input(
+                file,
+                shape=recipe.data_format,
+                columns=recipe.data_columns,
+                text_rows=recipe.text_rows,
+            )
+            assert not any(isinstance(row.example, RowError) for row in data.rows()), file
         return ""
     target = None
     if ">" in words:

@@ -230,6 +230,7 @@ KEYS = [
     "too_long",
     "data_format",
     "data_columns",
+    "text_rows",
     "data",
     "eval_data",
 ]

@@ -62,7 +62,7 @@ def detect(
     files: Files,
     format: Format = None,
     columns: Columns = None,
-    text_rows: TextRowsName = "document",
+    text_rows: TextRowsName = None,
     as_json: AsJson = False,
 ) -> None:
     """Say which format each file has, why, and how sure that is.
@@ -90,7 +90,7 @@ def check(
     files: Files,
     format: Format = None,
     columns: Columns = None,
-    text_rows: TextRowsName = "document",
+    text_rows: TextRowsName = None,
     eval_data: Annotated[
         list[str] | None,
         typer.Option(
@@ -195,7 +195,7 @@ def preview(
     recipe: RecipeName = None,
     format: Format = None,
     columns: Columns = None,
-    text_rows: TextRowsName = "document",
+    text_rows: TextRowsName = None,
     mask: MaskPolicy = None,
     start: Annotated[
         int, typer.Option("--start", metavar="N", min=1, help="The first row to show.")
@@ -266,7 +266,7 @@ def stats(
     recipe: RecipeName = None,
     format: Format = None,
     columns: Columns = None,
-    text_rows: TextRowsName = "document",
+    text_rows: TextRowsName = None,
     mask: MaskPolicy = None,
     max_length: MaxLength = None,
     too_long: TooLongPolicy = None,

@@ -6,12 +6,11 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lamina.cli.inputs import did_you_mean
+from lamina.cli.inputs import data_problems
 from lamina.cli.recipes import complete_names
 from lamina.cli.terminal import console
 from lamina.errors import DataError, UsageError
@@ -78,11 +77,12 @@ Columns = Annotated[
     ),
 ]
 TextRowsName = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--text-rows",
         metavar="WHAT",
-        help="What a row of a plain text file is: document, paragraph or line.",
+        help="What a row of a plain text file is: document, paragraph or line. Without it, what "
+        "a recipe says, or document.",
     ),
 ]
 ModelName = Annotated[
@@ -142,13 +142,13 @@ def open_input(
     files: Sequence[str],
     format: str | None = None,
     columns: Sequence[str] | None = None,
-    text_rows: str = "document",
+    text_rows: str | None = None,
     recipe: Recipe | None = None,
 ) -> Input:
     """The data that a command was given.
 
     Args:
-        recipe: says what `format` and `columns` don't.
+        recipe: says what the other options don't.
 
     Raises:
         UsageError: an option has a value that it can't have.
@@ -160,7 +160,7 @@ def open_input(
     from lamina.data.formats import Input
 
     _tell_unprintable_names()
-    if text_rows not in get_args(TextRows):
+    if text_rows is not None and text_rows not in get_args(TextRows):
         raise no_such_choice("--text-rows", text_rows, get_args(TextRows))
     if format is not None:
         from lamina.data.shapes import SHAPES
@@ -170,10 +170,11 @@ def open_input(
     mapped = parse_columns(columns or ())
     if recipe is not None:
         format, mapped = format or recipe.data_format, mapped or recipe.data_columns or {}
-    problems = [f"{file}: {problem}" for file in files if (problem := _problem(file))]
-    if problems:
+        text_rows = text_rows or recipe.text_rows
+    if problems := data_problems(files):
         raise DataError("the data can't be read", problems=problems)
-    return Input(files, shape=format, columns=mapped, text_rows=text_rows)  # type: ignore[arg-type]
+    rows: TextRows = text_rows or "document"  # type: ignore[assignment]
+    return Input(files, shape=format, columns=mapped, text_rows=rows)
 
 
 def parse_columns(given: Sequence[str]) -> dict[str, str]:
@@ -200,27 +201,6 @@ def parse_columns(given: Sequence[str]) -> dict[str, str]:
                 raise UsageError(f"--map: two columns are mapped to {name!r}")
             columns[name] = column
     return columns
-
-
-def _problem(file: str) -> str | None:
-    """Why a file can't be data, as far as that can be said before it is opened."""
-    from lamina.data.columnar import hub_name
-
-    path = Path(file)
-    problem = None
-    try:
-        if not path.exists():
-            if "=" in file:
-                problem = "there is no such file (commas join what is mapped: --map a=b,c=d)"
-            elif not any(char in file for char in "*?[") and hub_name(file) is None:
-                problem = f"there is no such file{did_you_mean(path)}"
-        elif path.is_file() and path.stat().st_size == 0:
-            problem = "is empty"
-        elif not path.is_file() and not path.is_dir():
-            problem = "is not an ordinary file, and data is read more than once: save it first"
-    except OSError as error:
-        problem = f"can't be read: {error.strerror}"
-    return problem
 
 
 def _tell_unprintable_names() -> None:

@@ -60,7 +60,7 @@ def convert(
     ] = "messages",
     format: Format = None,
     columns: Columns = None,
-    text_rows: TextRowsName = "document",
+    text_rows: TextRowsName = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -122,7 +122,7 @@ def split(
     seed: Seed = 0,
     format: Format = None,
     columns: Columns = None,
-    text_rows: TextRowsName = "document",
+    text_rows: TextRowsName = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -187,7 +187,7 @@ def dedup(
     ] = 0.8,
     format: Format = None,
     columns: Columns = None,
-    text_rows: TextRowsName = "document",
+    text_rows: TextRowsName = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:

@@ -22,26 +22,33 @@ _RUNS = "`lamina tune` writes runs to the folder that --out names, or to runs/."
 _MARKS = ("recipe.yaml", "store.json", "config.json")
 
 
-def data_problems(files: Iterable[Path]) -> list[str]:
+def data_problems(files: Iterable[Path | str]) -> list[str]:
     """Sentences on files that can't be data. Patterns, folders and names on the hub are left to
     those who read them."""
-    problems = []
-    for file in files:
-        if file.is_dir() or (not file.exists() and _may_be_more_than_a_file(str(file))):
-            continue
-        if not file.exists():
-            problems.append(f"{file}: there is no such file{did_you_mean(file)}")
-        elif not os.access(file, os.R_OK):
-            problems.append(f"{file}: can't be read: permission denied")
-        elif file.stat().st_size == 0:
-            problems.append(f"{file}: is empty")
-    return problems
+    return [f"{file}: {problem}" for file in files if (problem := _data_problem(str(file)))]
 
 
-def _may_be_more_than_a_file(text: str) -> bool:
-    """Whether it can be a pattern, or a name on the hub: owner/name, without a file's ending."""
-    pattern = any(mark in text for mark in "*?[")
-    return pattern or (text.count("/") == 1 and text[0] not in "./~" and not Path(text).suffix)
+def _data_problem(file: str) -> str | None:
+    """Why a file can't be data, as far as that can be said before it is opened."""
+    from lamina.data.columnar import hub_name
+
+    path = Path(file)
+    problem = None
+    try:
+        if not path.exists():
+            if "=" in file:
+                problem = "there is no such file (commas join what is mapped: --map a=b,c=d)"
+            elif not any(char in file for char in "*?[") and hub_name(file) is None:
+                problem = f"there is no such file{did_you_mean(path)}"
+        elif not os.access(path, os.R_OK):
+            problem = "can't be read: permission denied"
+        elif path.is_file() and path.stat().st_size == 0:
+            problem = "is empty"
+        elif not path.is_file() and not path.is_dir():
+            problem = "is not an ordinary file, and data is read more than once: save it first"
+    except OSError as error:
+        problem = f"can't be read: {error.strerror}"
+    return problem
 
 
 def out_problems(out: Path) -> list[str]:

@@ -101,6 +101,7 @@ def tune(
             group_tokens=recipe.group_tokens,
             logits_bytes=model.logits_bytes,
             router_aux_loss_coef=recipe.router_aux_loss_coef,
+            float8_boundaries=recipe.float8_boundaries,
             on_block=stop.check,
         )
         trainer = _Trainer(recipe, engine, adapter, steps, train_set.place, run, emit)
@@ -139,7 +140,12 @@ def load_samples(model: Model, files: Sequence[str | Path]) -> Dataset:
     recipe = model.recipe
     dataset = load_dataset(
         # As text: a name on the hub looks like a path, and isn't one.
-        Input(map(str, files), shape=recipe.data_format, columns=recipe.data_columns),
+        Input(
+            map(str, files),
+            shape=recipe.data_format,
+            columns=recipe.data_columns,
+            text_rows=recipe.text_rows,
+        ),
         model.tokenizer,
         recipe.max_length,
         too_long=recipe.too_long,

@@ -13,7 +13,7 @@ from lamina.data.containers import Compression, Container, RawRow, Source, read_
 from lamina.data.formats import Input, Problems, count_rows, understand
 from lamina.data.jsonio import json_type
 from lamina.data.messages import RowError
-from lamina.data.shapes import SHAPES, ShapeFinder, candidates
+from lamina.data.shapes import SHAPES, ShapeFinder, candidates, shadowed
 
 __all__ = ["Column", "Detection", "detect"]
 
@@ -105,8 +105,10 @@ def _detect(data: Input, source: Source) -> Detection:
     result.columns = list(columns.values())
     result.problems = problems.listed()
     _conclude(result, readable, reasons, notes)
+    hidden = {name for name, _ in shadowed(columns, data.columns)}
     for column in result.columns:
         column.used |= column.name in data.columns.values()
+        column.used &= column.name not in hidden
     return result
 
 
@@ -132,6 +134,10 @@ def _look(
             f"'{other.name}' for the other reading"
             for other, why in candidates(row)
             if data.shape is None and other.name not in (shape.name, *shape.includes)
+        ]
+        remarks += [
+            f"its column {name!r} is not read, for {source!r} is mapped to that name"
+            for name, source in shadowed(raw.value, data.columns)
         ]
         if shape.name in ("prompt-completion", "feedback") and isinstance(row.get("prompt"), str):
             remarks.append(

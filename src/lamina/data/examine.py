@@ -23,7 +23,7 @@ from lamina.data.near import Sketch, sketch
 from lamina.data.parallel import Message
 from lamina.data.pii import PersonalData
 from lamina.data.rules import CONTROL_TOKENS, findings, texts_of
-from lamina.data.shapes import Shape, ShapeFinder, candidates, shape_named
+from lamina.data.shapes import Shape, ShapeFinder, candidates, shadowed, shape_named
 
 __all__ = ["SHOWN", "Examiner", "Result", "examine_block"]
 
@@ -120,7 +120,7 @@ class Examiner:
     ):
         self.finder = ShapeFinder(shape, columns)
         self._shape = shape
-        self._mapped = set((columns or {}).values())
+        self._columns = columns or {}
         self._prompts = prompts
         self._near = near
         self._personal_data = personal_data
@@ -179,15 +179,21 @@ class Examiner:
         if known is None:
             known = []
             assert shape is not None
-            unknown = [k for k in key if k not in shape.columns and k not in self._mapped]
-            if unknown:
-                names = ", ".join(map(repr, unknown))
-                known.append(("unknown-columns", f"has columns that are not trained: {names}"))
+            hidden = shadowed(value, self._columns)
+            read = {*shape.columns, *self._columns.values()} - {name for name, _ in hidden}
+            if unknown := [repr(k) for k in key if k not in read]:
+                message = f"has columns that are not trained: {', '.join(unknown)}"
+                known.append(("unknown-columns", message + _why_hidden(hidden)))
             for other, why in candidates(self.finder.renamed(value)) if self._shape is None else ():
                 if other.name not in (shape.name, *shape.includes):
                     known.append(("ambiguous", f"is read as {shape.title}, but also {why}"))
             self._known[key] = known
         return known
+
+
+def _why_hidden(hidden: list[tuple[str, str]]) -> str:
+    whys = [f"{source!r} is read as {name!r}, as mapped" for name, source in hidden]
+    return f" ({', '.join(whys)})" if whys else ""
 
 
 _EXAMINERS: dict[str, Examiner] = {}

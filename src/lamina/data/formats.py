@@ -90,7 +90,8 @@ class Input:
         paths: files, glob patterns, saved datasets or names of hub datasets.
         shape: the name of the shape of all rows; found row by row if None.
         columns: what a column of a shape is called in these files, e.g. `{"user": "Frage"}`.
-            `question` and `answer` are other words for `user` and `assistant`.
+            `question` and `answer` are other words for `user` and `assistant`. Where the files have
+            a column of a mapped name besides, that one is not read.
         text_rows: what a row of a plain text file is.
 
     Raises:
@@ -118,6 +119,9 @@ class Input:
         twice = [name for alias, name in ALIASES.items() if {alias, name} <= set(columns or {})]
         if twice:
             raise DataError(f"Two columns are mapped to {', '.join(map(repr, twice))}.")
+        sources = [*self.columns.values()]
+        if shared := sorted({source for source in sources if sources.count(source) > 1}):
+            raise DataError(f"Two names are mapped to the column {', '.join(map(repr, shared))}.")
 
     @property
     def name(self) -> str:
@@ -166,7 +170,9 @@ def understand(
     try:
         row = finder.renamed(value)
         shape = finder.find(row)
-        return shape, shape.read(row)
+        example = shape.read(row)
+        example.extra.update(finder.hidden(value))
+        return shape, example
     except RowError as error:
         return shape, error
     except RecursionError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lamina.data.messages import RowError
@@ -13,7 +14,15 @@ from lamina.data.shapes.preference import KTO, OpenAIPreference, PreferencePairs
 from lamina.data.shapes.sharegpt import ShareGPT
 from lamina.errors import DataError
 
-__all__ = ["SHAPES", "Shape", "ShapeFinder", "candidates", "parse_message_list", "shape_named"]
+__all__ = [
+    "SHAPES",
+    "Shape",
+    "ShapeFinder",
+    "candidates",
+    "parse_message_list",
+    "shadowed",
+    "shape_named",
+]
 
 #: All shapes, the more specific before the more general: the first that fits a row is taken.
 SHAPES: tuple[Shape, ...] = (
@@ -54,6 +63,17 @@ def candidates(row: dict[str, Any]) -> list[tuple[Shape, str]]:
     return found
 
 
+def shadowed(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The columns of a row that aren't read because another one is mapped to their name, each with
+    that other one.
+
+    Args:
+        columns: what each column of a shape is called in the row, e.g. `{"user": "question"}`.
+    """
+    sources = {*columns.values()}
+    return [(name, source) for name, source in columns.items() if name in row.keys() - sources]
+
+
 class ShapeFinder:
     """Finds the shape of rows, looking at each combination of columns only once.
 
@@ -64,11 +84,13 @@ class ShapeFinder:
 
     def __init__(self, shape: Shape | None = None, columns: dict[str, str] | None = None):
         self._shape = shape
-        self._columns = {source: target for target, source in (columns or {}).items()}
+        self._mapped = columns or {}
+        self._columns = {source: target for target, source in self._mapped.items()}
         self._known: dict[tuple[str, ...], Shape] = {}
 
     def renamed(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row with its columns called as shapes call them.
+        """The row with its columns called as shapes call them. A mapped column goes before one
+        that is called so already.
 
         Raises:
             RowError: a column that was mapped is missing.
@@ -78,7 +100,14 @@ class ShapeFinder:
         missing = [source for source in self._columns if source not in row]
         if missing:
             raise RowError("missing-column", f"has no column {missing[0]!r}, which was mapped")
-        return {self._columns.get(key, key): value for key, value in row.items()}
+        hidden = {name for name, _ in shadowed(row, self._mapped)}
+        return {self._columns.get(key, key): row[key] for key in row if key not in hidden}
+
+    def hidden(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What `renamed` leaves out."""
+        if not self._columns:
+            return {}
+        return {name: row[name] for name, _ in shadowed(row, self._mapped)}
 
     def find(self, row: dict[str, Any]) -> Shape:
         """The shape of a row whose columns are called as shapes call them.

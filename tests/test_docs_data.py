@@ -156,7 +156,7 @@ def test_options_and_the_recipes_keys_say_the_same() -> None:
     options = {flag for p in data.commands["stats"].params for flag in p.opts}
 
     pairs = re.findall(r"^\| `(--[\w-]+)` \| `(\w+)` \|$", text, re.M)
-    assert len(pairs) == 5
+    assert len(pairs) == 6
     for option, key in pairs:
         assert option in options
         assert key in Recipe.model_fields

@@ -226,6 +226,23 @@ def test_constant_answers(write_rows: Any) -> None:
     assert codes(run(write_rows, rows[:30])) == {}
 
 
+def test_a_column_that_another_is_mapped_over_is_named(write_rows: Any) -> None:
+    rows = write_rows([{"messages": "old", "chat": GOOD["messages"], "id": 1}])
+    report = check(Input(rows, columns={"messages": "chat"}), near_duplicates=False)
+    assert codes(report) == {"unknown-columns": 1}
+    assert (
+        "not trained: 'messages', 'id' ('chat' is read as 'messages', as mapped)"
+        in (report.findings[0].first[0])
+    )
+
+
+def test_fields_of_messages_that_are_not_trained_are_named(write_rows: Any) -> None:
+    row = {"messages": [turn("user", "q", id=1), turn("assistant", "a", reasoning="r", name=None)]}
+    report = run(write_rows, [row])
+    assert codes(report) == {"unknown-columns": 1}
+    assert "in its messages that are not trained: 'id', 'reasoning'." in report.findings[0].first[0]
+
+
 def test_mixed_formats_are_noted(write_rows: Any) -> None:
     report = run(write_rows, [GOOD, {"text": "a"}])
     assert codes(report) == {"mixed-shapes": 1}

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina.data.columnar import HubName, hub_name, read_hub
-from lamina.data.containers import RawRow, find_sources, read_source
+from lamina.data.containers import find_sources, read_source
 from lamina.data.jsonio import JsonParser, array_items
 from lamina.data.messages import RowError
+from lamina.data.readers import RawRow
 from lamina.errors import DataError
 
 ROWS: list[dict[str, Any]] = [{"text": "a"}, {"text": "é☺\n"}, {"text": "c", "n": [1, {"x": None}]}]
@@ -145,6 +146,37 @@ def test_arrow_files(tmp_path: Path) -> None:
         assert values(tmp_path / name) == expected
     (tmp_path / "x.parquet").rename(tmp_path / "renamed.jsonl")
     assert values(tmp_path / "renamed.jsonl") == expected
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_columnar_files_may_be_compressed_once_more(suffix: str, tmp_path: Path) -> None:
+    table = pa.table({"text": ["a", "b"]})
+    if suffix == "parquet":
+        pq.write_table(table, tmp_path / "x")
+    else:
+        with pa.ipc.new_file(str(tmp_path / "x"), table.schema) as writer:
+            writer.write_table(table)
+    raw = (tmp_path / "x").read_bytes()
+    expected = [{"text": "a"}, {"text": "b"}]
+    assert values(save(tmp_path / f"x.{suffix}.gz", gzip.compress(raw))) == expected
+    assert values(save(tmp_path / f"x.{suffix}.zst", pa.compress(raw, "zstd", asbytes=True))) == (
+        expected
+    )
+    with pytest.raises(DataError, match=rf"bad.{suffix}.gz is damaged"):
+        values(save(tmp_path / f"bad.{suffix}.gz", gzip.compress(raw[:-20])))
+
+
+def test_files_compressed_in_parts_are_read_to_their_end(tmp_path: Path) -> None:
+    """As `cat a.gz b.gz` and parallel compressors write them."""
+    half = LINES.encode()
+    parts = {"gz": gzip.compress(half), "zst": pa.compress(half, "zstd", asbytes=True)}
+    for suffix, part in parts.items():
+        assert len(rows_of(save(tmp_path / f"x.jsonl.{suffix}", part * 3))) == 3 * len(ROWS)
+
+
+def test_an_array_is_one_whatever_it_is_called(tmp_path: Path) -> None:
+    text = "[\n" + ",\n".join(json.dumps(row) for row in ROWS) + "\n]\n"
+    assert values(save(tmp_path / "x.jsonl", text)) == ROWS
 
 
 def test_texts_in_arrow_files_that_are_not_utf8(tmp_path: Path) -> None:

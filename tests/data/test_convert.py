@@ -12,6 +12,7 @@ from tests.data.strategies import ANY_EXAMPLE, CONVERSATION, MEANINGFUL, PLAIN_C
 
 from lamina.data.convert import convert
 from lamina.data.formats import Input
+from lamina.data.mend import mend
 from lamina.data.messages import Conversation, Example, Message, RowError, Text
 from lamina.data.shapes import SHAPES, shape_named
 from lamina.errors import DataError
@@ -180,6 +181,14 @@ def test_an_output_that_exists_is_only_replaced_by_force(tmp_path: Path, write_r
         convert(Input(path), tmp_path / "new.jsonl")
 
 
+def test_a_file_that_is_written_first_is_a_new_one(tmp_path: Path, write_rows: Any) -> None:
+    data = write_rows([{"text": "a"}], "out.jsonl.partial")
+    before = data.read_bytes()
+    convert(Input(data), tmp_path / "out.jsonl", to="text")
+    assert data.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.jsonl.partial"}
+
+
 def test_nothing_is_left_behind_by_a_failure(tmp_path: Path, write_rows: Any) -> None:
     path = write_rows(["{"] + [GOOD] * 10)
     with gzip.open(tmp_path / "cut.jsonl.gz", "wb") as file:
@@ -250,6 +259,27 @@ def test_tool_calls_keep_their_arguments(tmp_path: Path, write_rows: Any) -> Non
         convert(Input(middle), tmp_path / "end.jsonl", force=True)
         end = [json.loads(line) for line in (tmp_path / "end.jsonl").read_text().splitlines()]
         assert end == [row, GOOD], suffix
+
+
+def test_fields_of_a_message_are_carried_along(tmp_path: Path, write_rows: Any) -> None:
+    turns = [
+        {"role": "user", "content": "q", "id": 7, "refusal": None},
+        {"role": "assistant", "content": "a", "reasoning_content": "because"},
+        {"role": "user", "content": "Thanks"},
+    ]
+    source = write_rows([{"messages": turns, "parallel_tool_calls": False}])
+    del turns[0]["refusal"]  # holds nothing
+    there, back = tmp_path / "there.jsonl", tmp_path / "back.jsonl"
+    convert(Input(source), there, to="sharegpt")
+    convert(Input(there), back, to="messages")
+    assert json.loads(back.read_text()) == {"messages": turns, "parallel_tool_calls": False}
+    mend(Input(source), tmp_path / "mended.jsonl")
+    assert json.loads((tmp_path / "mended.jsonl").read_text())["messages"] == turns[:2]
+
+    assert convert(Input(source), tmp_path / "x.csv", to="alpaca").reasons == {"cannot-carry": 1}
+    turns[0]["from"] = "x"  # means something in the other format
+    source = write_rows([{"messages": turns}], "other.jsonl")
+    assert convert(Input(source), there, to="sharegpt", force=True).reasons == {"cannot-carry": 1}
 
 
 def test_messages_have_roles(tmp_path: Path, write_rows: Any) -> None:

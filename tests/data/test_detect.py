@@ -88,3 +88,19 @@ def test_text_files_say_what_a_row_could_be(tmp_path: Any) -> None:
     (found,) = detect(path)
     assert (found.container, found.shape) == ("text", "text")
     assert "document a line" in found.ambiguous[0]
+    (found,) = detect(Input(path, text_rows="line"))
+    assert (found.rows, found.confidence, found.ambiguous) == (2, "certain", [])
+
+
+def test_a_mapped_column_goes_before_one_of_that_name(write_rows: Any) -> None:
+    rows = write_rows([{"user": "bob", "question": "q", "answer": "a"}])
+    (found,) = detect(Input(rows, columns={"question": "question", "answer": "answer"}))
+    assert (found.shape, found.confidence) == ("table", "likely")
+    assert found.ambiguous == [
+        "1 row: its column 'user' is not read, for 'question' is mapped to that name."
+    ]
+    assert {c.name: c.used for c in found.columns} == {
+        "user": False,
+        "question": True,
+        "answer": True,
+    }

@@ -18,6 +18,7 @@ from tests.data.strategies import (
     TOKENS,
 )
 
+from lamina.data.formats import Input, understand
 from lamina.data.messages import (
     Conversation,
     Example,
@@ -226,6 +227,33 @@ def test_columns_are_mapped_by_name() -> None:
     )
     with pytest.raises(RowError, match="no column 'answer', which was mapped"):
         finder.renamed({"question": "q"})
+
+
+def test_a_mapped_column_goes_before_one_of_that_name() -> None:
+    finder = ShapeFinder(columns={"user": "question", "assistant": "user"})
+    swapped = {"question": "q", "user": "a"}  # nothing is left over
+    assert finder.renamed(swapped) == {"user": "q", "assistant": "a"}
+    assert finder.hidden(swapped) == {}
+
+    finder = ShapeFinder(columns={"user": "question", "assistant": "answer"})
+    row = {"user": "bob", "question": "q", "answer": "a"}
+    _, example = understand(finder, row)
+    assert example == Conversation(
+        [Message("user", "q"), Message("assistant", "a")], [], {"user": "bob"}
+    )
+    assert shape_named("messages").write(example)["user"] == "bob"
+    with pytest.raises(RowError, match="its further column 'user' has a meaning"):
+        shape_named("table").write(example)  # rather than to lose it
+
+
+def test_a_column_has_one_meaning(write_rows: Any) -> None:
+    rows = write_rows([{"a": "b"}])
+    with pytest.raises(DataError, match="Two names are mapped to the column 'a'"):
+        Input(rows, columns={"user": "a", "assistant": "a"})
+    with pytest.raises(DataError, match="Two columns are mapped to 'user'"):
+        Input(rows, columns={"user": "a", "question": "b"})
+    with pytest.raises(DataError, match="Nothing can be mapped to 'usr'"):
+        Input(rows, columns={"usr": "a"})
 
 
 def test_rows_with_the_same_columns_can_differ_in_shape() -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from lamina.data.messages import (
     Conversation,
+    Example,
     Feedback,
     Message,
     Preference,
@@ -285,15 +288,36 @@ def test_stop_ids(renderer: Renderer, smol: Any) -> None:
 
 
 def test_render_many_keeps_the_order_and_reports_in_place(renderer: Renderer) -> None:
-    examples = [Text(f"text {k}") if k % 2 else chat("a", f"b{k}") for k in range(600)]
+    examples: list[Example | RowError] = [
+        Text(f"text {k}") if k % 2 else chat("a", f"b{k}") for k in range(600)
+    ]
     examples[10] = Text("")
+    unreadable = examples[300] = RowError("not-json", "is not JSON")
     results = list(renderer.render_many(examples))
     assert isinstance(results[10], RowError)
+    assert results[300] is unreadable
     for k, (example, result) in enumerate(zip(examples, results, strict=True)):
-        if k != 10:
+        if k not in (10, 300):
+            assert not isinstance(example, RowError)
             assert not isinstance(result, RowError)
             assert result[0].row == k
             assert np.array_equal(result[0].input_ids, renderer.render(example)[0].input_ids)
+
+
+def test_examples_are_taken_only_a_little_ahead(renderer: Renderer) -> None:
+    threads = threading.active_count()
+    taken = 0
+
+    def examples() -> Iterator[Example]:
+        nonlocal taken
+        for taken in range(1, 100_001):
+            yield Text(f"text {taken}")
+
+    results = renderer.render_many(examples())
+    next(results)
+    assert taken < 10_000
+    results.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == threads
 
 
 def test_a_caller_s_truncation_does_not_cut(smol: Any) -> None:

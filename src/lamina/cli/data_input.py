@@ -156,8 +156,8 @@ def open_input(
     """
     from typing import get_args
 
-    from lamina.data.containers import TextRows
     from lamina.data.formats import Input
+    from lamina.data.readers import TextRows
 
     _tell_unprintable_names()
     if text_rows is not None and text_rows not in get_args(TextRows):
@@ -173,8 +173,7 @@ def open_input(
         text_rows = text_rows or recipe.text_rows
     if problems := data_problems(files):
         raise DataError("the data can't be read", problems=problems)
-    rows: TextRows = text_rows or "document"  # type: ignore[assignment]
-    return Input(files, shape=format, columns=mapped, text_rows=rows)
+    return Input(files, shape=format, columns=mapped, text_rows=text_rows)  # type: ignore[arg-type]
 
 
 def parse_columns(given: Sequence[str]) -> dict[str, str]:

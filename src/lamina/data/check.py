@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 import time
 from array import array
-from collections import Counter
-from collections.abc import Callable, Iterator
+from bisect import insort
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Finding", "Report", "check"]
 
-_BATCH = 256
+#: Rows that are tokenized at a time.
+_BATCH = 1024
 
 #: An answer is suspicious if this share of the rows, and at least so many, have it.
 _CONSTANT_SHARE, _CONSTANT_ROWS = 0.2, 20
@@ -82,21 +84,14 @@ class _Findings:
     def __init__(self) -> None:
         self.by_code: dict[str, Finding] = {}
 
-    def add(self, code: str, sentence: str, count: int = 1) -> None:
-        self.count(code, count)
-        if len(self.by_code[code].first) < SHOWN:
-            self.by_code[code].first.append(sentence)
-
-    def count(self, code: str, count: int) -> None:
+    def add(self, code: str, count: int, sentences: Iterable[str]) -> None:
+        """Add so many findings, of which the sentences tell the first."""
         if code not in self.by_code:
             known = CODES[code]
             self.by_code[code] = Finding(code, known.severity, known.title, known.advice)
-        self.by_code[code].count += count
-
-    def show(self, code: str, places: Places, row: int, message: str) -> None:
-        shown = self.by_code[code].first
-        if len(shown) < SHOWN:
-            shown.append(f"{places.name(row)} {message}.")
+        finding = self.by_code[code]
+        finding.count += count
+        finding.first += islice(sentences, SHOWN - len(finding.first))
 
     def sorted(self) -> list[Finding]:
         order = {"error": 0, "warning": 1, "note": 2}
@@ -250,9 +245,9 @@ class _Checker:
         self.bad_rows += len(result.bad)
         self.shapes.update(result.shapes)
         for code, count in result.counts.items():
-            self.findings.count(code, count)
-            for row, message in result.first[code]:
-                self.findings.show(code, self.places, start + row, message)
+            first = result.first[code]
+            sentences = (f"{self._name(start + row)} {message}." for row, message in first)
+            self.findings.add(code, count, sentences)
         for answer, (count, row) in result.answers.items():
             self.answers.add(answer, start + row, count)
         self.answers.rows += len(result.usable)
@@ -278,13 +273,13 @@ class _Checker:
     def finish(self) -> Report:
         for source in self.data.sources:
             if source.bom:
-                self.findings.add("bom", f"{source.name} starts with a byte order mark.")
+                self.findings.add("bom", 1, [f"{source.name} starts with a byte order mark."])
         self._repeated()
         self._nearly_repeated()
         self._constant_answers()
         if len(self.shapes) > 1:
             parts = ", ".join(f"{n} {name}" for name, n in self.shapes.most_common())
-            self.findings.add("mixed-shapes", f"{self.data.name} mixes formats: {parts}.")
+            self.findings.add("mixed-shapes", 1, [f"{self.data.name} mixes formats: {parts}."])
         found = self.findings.sorted()
         return Report(self.rows, self.bad_rows, self.shapes, found, self.seconds)
 
@@ -298,57 +293,79 @@ class _Checker:
         offset = self.rows
         #: Rows that are found to be the same as another: they aren't nearly so.
         self._same = bytearray(offset // 8 + 1)
-        leaked = bytearray(offset // 8 + 1)
-        repeated = []
+        self._tell(self._equal_rows(offset), "is the same as")
+        self._tell(self._equal_prompts(offset), "has the question of")
+
+    def _equal_rows(self, offset: int) -> Iterator[tuple[str, int, int]]:
+        self._leaked = bytearray(offset // 8 + 1)
         for group in self.contents.groups():
             places = group.tolist()
             train = [place for place in places if place < offset]
             others = [place for place in places if place >= offset]
-            repeated += [("duplicate", place, train[0]) for place in train[1:]]
-            if others:
-                repeated += [("leakage", place, others[0]) for place in train]
             for place in train[0 if others else 1 :]:
                 self._same[place // 8] |= 1 << place % 8
                 if others:
-                    leaked[place // 8] |= 1 << place % 8
+                    self._leaked[place // 8] |= 1 << place % 8
+                    yield "leakage", place, others[0]
+                if place != train[0]:
+                    yield "duplicate", place, train[0]
+
+    def _equal_prompts(self, offset: int) -> Iterator[tuple[str, int, int]]:
         for group in self.prompts.groups():
             places = group.tolist()
-            others = [place for place in places if place >= offset]
-            repeated += [
-                ("prompt-leakage", place, others[0])
-                for place in places
-                if others and place < offset and not leaked[place // 8] >> place % 8 & 1
-            ]
-        for code, place, other in sorted(repeated, key=lambda item: item[1]):
-            what = "has the question of" if code == "prompt-leakage" else "is the same as"
-            self.findings.add(code, f"{self._name(place)} {what} {self._name(other)}.")
+            other = next((place for place in places if place >= offset), None)
+            if other is None:
+                continue
+            for place in places:
+                if place < offset and not self._leaked[place // 8] >> place % 8 & 1:
+                    yield "prompt-leakage", place, other
 
     def _nearly_repeated(self) -> None:
         if self.near is None:
             return
         start = time.perf_counter()
         offset = self.rows
-        found: dict[int, tuple[str, int, float]] = {}
+        others = np.full(offset, -1, dtype=np.int64)
+        similarities = np.zeros(offset, dtype=np.float32)
         for first, second, similarity in self.near.pairs():
             one, two = self.near_rows[first], self.near_rows[second]
             if one >= offset:
                 continue
-            leaks = two >= offset
-            place, other = (one, two) if leaks else (two, one)
+            place, other = (one, two) if two >= offset else (two, one)
             if self._same[place // 8] >> place % 8 & 1:
                 continue
-            if leaks or place not in found:
-                found[place] = ("near-leakage" if leaks else "near-duplicate", other, similarity)
-        for place in sorted(found):
-            code, other, similarity = found[place]
-            like = f"is {similarity:.0%} the same as {self._name(other)}"
-            self.findings.add(code, f"{self._name(place)} {like}.")
+            # Likeness to an evaluation row is worse than to another training row.
+            if other >= offset or others[place] < 0:
+                others[place], similarities[place] = other, similarity
+        for code, found in (
+            ("near-leakage", np.flatnonzero(others >= offset)),
+            ("near-duplicate", np.flatnonzero((others >= 0) & (others < offset))),
+        ):
+            sentences = (
+                f"{self._name(place)} is {similarities[place]:.0%} the same as "
+                f"{self._name(int(others[place]))}."
+                for place in found[:SHOWN].tolist()
+            )
+            if len(found):
+                self.findings.add(code, len(found), sentences)
         self.seconds["near"] += time.perf_counter() - start
+
+    def _tell(self, found: Iterable[tuple[str, int, int]], what: str) -> None:
+        """Add findings: a code, a row, and another that it is like."""
+        counts: Counter[str] = Counter()
+        first: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+        for code, place, other in found:
+            counts[code] += 1
+            insort(first[code], (place, other))
+            del first[code][SHOWN:]
+        for code, count in counts.items():
+            sentences = (f"{self._name(a)} {what} {self._name(b)}." for a, b in first[code])
+            self.findings.add(code, count, sentences)
 
     def _constant_answers(self) -> None:
         for answer, count, place in self.answers.above(_CONSTANT_SHARE, _CONSTANT_ROWS):
             message = f"{self._name(place)} and others share the answer {answer!r}."
-            self.findings.add("constant-answers", message, count)
+            self.findings.add("constant-answers", count, [message])
 
 
 def _control_tokens(renderer: Renderer | None) -> re.Pattern[str]:

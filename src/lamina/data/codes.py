@@ -216,7 +216,7 @@ _NOTES = _table(
     ("ambiguous", "rows that can be understood in two ways", "Name the format that is meant."),
     (
         "unknown-columns",
-        "rows with columns that the format doesn't know",
+        "rows with columns or fields that the format doesn't know",
         "They are not trained, and conversions carry them along.",
     ),
 )

@@ -80,13 +80,16 @@ def is_saved_dataset(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def read_columnar(path: Path, container: str) -> Iterator[dict[str, Any] | RowError]:
+def read_columnar(path: Path, container: str, name: str) -> Iterator[dict[str, Any] | RowError]:
     """The rows of a Parquet or Arrow file, or of a saved dataset.
+
+    Args:
+        name: what the user calls it.
 
     Raises:
         DataError: it is damaged, or needs a choice of split.
     """
-    arrow = pyarrow(path)
+    arrow = pyarrow(name)
     try:
         if container == "parquet":
             parquet = importlib.import_module("pyarrow.parquet")
@@ -99,7 +102,7 @@ def read_columnar(path: Path, container: str) -> Iterator[dict[str, Any] | RowEr
                 yield from _rows(_arrow_batches(arrow, part), arrow)
     except arrow.ArrowException as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise DataError(f"{path} is damaged or not what it looks like: {reason}.") from error
+        raise DataError(f"{name} is damaged or not what it looks like: {reason}.") from error
 
 
 def _arrow_batches(arrow: Any, path: Path) -> Iterator[Any]:

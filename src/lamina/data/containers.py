@@ -6,11 +6,10 @@ are told by a file's first bytes, and by its name only where these leave a choic
 
 from __future__ import annotations
 
-import csv
 import glob
 import gzip
-import io
-import sys
+import shutil
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,20 +18,18 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 from lamina.data import columnar
-from lamina.data.jsonio import JsonParser, array_items, json_type, loads
+from lamina.data.jsonio import loads
 from lamina.data.messages import RowError
+from lamina.data.readers import RawRow, TextRows, parse_lines, read_json, read_table, read_text
 from lamina.errors import DataError
 
 __all__ = [
     "SUFFIXES",
     "Compression",
     "Container",
-    "RawRow",
     "Source",
-    "TextRows",
     "find_sources",
     "open_bytes",
-    "parse_lines",
     "read_source",
     "reading",
 ]
@@ -41,10 +38,13 @@ Container = Literal[
     "jsonl", "json", "csv", "tsv", "parquet", "arrow", "text", "saved-dataset", "hub"
 ]
 Compression = Literal["none", "gzip", "zstd"]
-TextRows = Literal["document", "paragraph", "line"]
 
-#: Columns that hold lists in one row: an object that has such a list is a row, and not columns.
-_LIST_COLUMNS = ("messages", "conversations", "input_ids", "labels", "chosen", "rejected", "prompt")
+#: What a file begins with.
+_MAGIC: dict[bytes, Container] = {
+    b"PAR1": "parquet",
+    b"ARROW1": "arrow",
+    b"\xff\xff\xff\xff": "arrow",
+}
 
 SUFFIXES: dict[str, Container] = {
     ".jsonl": "jsonl",
@@ -61,23 +61,6 @@ SUFFIXES: dict[str, Container] = {
     ".md": "text",
     ".text": "text",
 }
-
-
-@dataclass(slots=True)
-class RawRow:
-    """A row of a file.
-
-    Args:
-        line: the line it begins on, from 1; in a columnar file, the number of the row.
-        value: its fields, or the reason why it can't be read.
-        notes: codes of what is odd about it without making it unusable.
-        raw: the bytes of a line that can't be read.
-    """
-
-    line: int
-    value: dict[str, Any] | RowError
-    notes: tuple[str, ...] = ()
-    raw: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -174,23 +157,35 @@ def _examine(path: Path) -> Source:
 
 
 def _container(head: bytes, named: Container | None) -> Container:
-    if head.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
-        return "parquet" if head.startswith(b"PAR1") else "arrow"
-    if named in ("csv", "tsv", "text", "jsonl", "parquet", "arrow"):
-        return named
+    for magic, container in _MAGIC.items():
+        if head.startswith(magic):
+            return container
     start = head.lstrip()
+    first = start.partition(b"\n")[0]
+    # What a line of JSON can't be.
+    opens_array = named == "jsonl" and first.strip() == b"["
+    if named in ("csv", "tsv", "text", "jsonl", "parquet", "arrow") and not opens_array:
+        return named
     if start.startswith(b"["):
         return "json"
     if start.startswith(b"{"):
-        first = start.partition(b"\n")[0]
-        try:
-            loads(first)
-        except ValueError:
-            # One object over several lines, unless its first line is just very long.
-            return "json" if b"\n" in start else named or "jsonl"
-        alone = named == "json" and not start[len(first) :].strip()
-        return "json" if alone else "jsonl"
+        return _object_or_lines(start, first, named)
     return named or "text"
+
+
+def _object_or_lines(start: bytes, first: bytes, named: Container | None) -> Container:
+    """What begins with an opening brace.
+
+    Args:
+        first: its first line, as far as it is known.
+    """
+    try:
+        loads(first)
+    except ValueError:
+        # One object over several lines, unless its first line is just very long.
+        return "json" if b"\n" in start else named or "jsonl"
+    alone = named == "json" and not start[len(first) :].strip()
+    return "json" if alone else "jsonl"
 
 
 @contextmanager
@@ -204,6 +199,18 @@ def open_bytes(source: Source) -> Iterator[BinaryIO]:
             yield columnar.open_zstd(raw, source.path)
         else:
             yield raw
+
+
+@contextmanager
+def _decompressed(source: Source) -> Iterator[Path]:
+    """A file or folder to read from anywhere in it, which a compressed one can't be."""
+    if source.compression == "none":
+        yield source.path
+        return
+    with tempfile.NamedTemporaryFile() as plain, open_bytes(source) as file:
+        shutil.copyfileobj(file, plain)
+        plain.flush()
+        yield Path(plain.name)
 
 
 @contextmanager
@@ -228,7 +235,9 @@ def read_source(source: Source, *, text_rows: TextRows = "document") -> Iterator
     with reading(source):
         match source.container:
             case "parquet" | "arrow" | "saved-dataset":
-                yield from _numbered(columnar.read_columnar(source.path, source.container))
+                with _decompressed(source) as path:
+                    rows = columnar.read_columnar(path, source.container, source.name)
+                    yield from _numbered(rows)
             case "hub":
                 assert source.hub is not None
                 yield from _numbered(columnar.read_hub(source.hub))
@@ -248,178 +257,8 @@ def _text_reader(source: Source, file: BinaryIO, text_rows: TextRows) -> Iterato
         case "jsonl":
             yield from parse_lines(file)
         case "json":
-            yield from _read_json(file)
+            yield from read_json(file)
         case "csv" | "tsv":
-            yield from _read_csv(source, file)
+            yield from read_table(file, "\t" if source.container == "tsv" else ",", source.path)
         case _:
-            yield from _read_text(file, text_rows)
-
-
-# -- JSON -----------------------------------------------------------------------------------------
-
-
-def parse_lines(lines: Iterable[bytes], first: int = 1) -> Iterator[RawRow]:
-    """The rows in lines of JSON; empty lines are passed over.
-
-    Args:
-        first: the number of the first line.
-    """
-    parser = JsonParser()
-    for number, line in enumerate(lines, first):
-        if line.isspace():
-            continue
-        try:
-            value = parser.line(line)
-        except RowError as error:
-            yield RawRow(number, error, raw=line)
-            continue
-        if isinstance(value, dict):
-            yield RawRow(number, value, () if parser.constant is None else ("nan",))
-        else:
-            yield RawRow(number, _not_an_object(value), raw=line)
-
-
-def _not_an_object(value: object) -> RowError:
-    return RowError("not-object", f"is {json_type(value)}, not an object")
-
-
-def _read_json(file: BinaryIO) -> Iterator[RawRow]:
-    start = file.read(1)
-    while start.isspace():
-        start = file.read(1)
-    parser = JsonParser()
-    if start == b"[":
-        chained = io.BufferedReader(cast(io.RawIOBase, _Chained(start, file)))
-        for line, item in array_items(chained, parser):
-            value = item if isinstance(item, dict | RowError) else _not_an_object(item)
-            yield RawRow(line, value, () if parser.constant is None else ("nan",))
-        return
-    try:
-        value = parser.line(start + file.read())
-    except RowError as error:
-        yield RawRow(1, error)
-        return
-    if not isinstance(value, dict):
-        yield RawRow(1, _not_an_object(value))
-        return
-    notes = () if parser.constant is None else ("nan",)
-    for number, row in enumerate(_rows_of_object(value), 1):
-        yield RawRow(number, row, notes)
-
-
-def _rows_of_object(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The rows of an object of columns; or the object itself, if it is a row."""
-    columns = list(value.values())
-    one_row = (
-        not columns
-        or not all(isinstance(c, list) and len(c) == len(columns[0]) for c in columns)
-        or any(value.get(k) and not isinstance(value[k][0], list | str) for k in _LIST_COLUMNS)
-    )
-    if one_row:
-        yield value
-    else:
-        for cells in zip(*columns, strict=True):
-            yield dict(zip(value, cells, strict=True))
-
-
-class _Chained(io.RawIOBase):
-    """A few bytes, and then a file."""
-
-    def __init__(self, start: bytes, file: BinaryIO):
-        self._start = start
-        self._file = file
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._start or self._file.read(len(buffer))
-        self._start = b""
-        buffer[: len(data)] = data
-        return len(data)
-
-
-# -- tables and text ------------------------------------------------------------------------------
-
-
-def _read_csv(source: Source, file: BinaryIO) -> Iterator[RawRow]:
-    # The library's default of 128 KiB a cell is less than a long conversation.
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
-    delimiter = "\t" if source.container == "tsv" else ","
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
-    line = 1
-    try:
-        header = next(reader, None)
-        if header is None:
-            return
-        if _is_broken("".join(header)):
-            raise DataError(f"{source.path} is not UTF-8 in its header.", hint="Save it as UTF-8.")
-        if not all(header) or len({*header}) != len(header):
-            raise DataError(
-                f"{source.path} has no usable header: its first line must name every column, "
-                f"each once (it has {', '.join(map(repr, header[:8]))})."
-            )
-        while True:
-            line = reader.line_num + 1
-            cells = next(reader, None)
-            if cells is None:
-                break
-            if cells:
-                yield RawRow(line, _csv_row(header, cells))
-    except csv.Error as error:
-        yield RawRow(line, RowError("not-csv", f"can't be read from here on: {error}"))
-    finally:
-        text.detach()
-
-
-def _csv_row(header: list[str], cells: list[str]) -> dict[str, Any] | RowError:
-    if len(cells) != len(header):
-        return RowError(
-            "csv-columns", f"has {len(cells)} cells, but the header has {len(header)} columns"
-        )
-    row: dict[str, Any] = dict(zip(header, cells, strict=True))
-    for key, cell in row.items():
-        if _is_broken(cell):
-            return RowError("encoding", f"is not UTF-8 in the column {key!r}")
-    return row
-
-
-def _is_broken(text: str) -> bool:
-    """Whether bytes that aren't UTF-8 were read into a text."""
-    if text.isascii():
-        return False
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
-def _read_text(file: BinaryIO, text_rows: TextRows) -> Iterator[RawRow]:
-    if text_rows == "document":
-        yield _text_row(1, file.read())
-        return
-    lines: list[bytes] = []
-    begin = 1
-    number = 0
-    for number, line in enumerate(file, 1):
-        if text_rows == "line":
-            if not line.isspace():
-                yield _text_row(number, line)
-        elif line.isspace():
-            if lines:
-                yield _text_row(begin, b"".join(lines))
-            lines = []
-        else:
-            begin = begin if lines else number
-            lines.append(line)
-    if lines:
-        yield _text_row(begin, b"".join(lines))
-
-
-def _text_row(line: int, raw: bytes) -> RawRow:
-    try:
-        return RawRow(line, {"text": raw.decode().rstrip("\r\n")})
-    except UnicodeDecodeError as error:
-        return RawRow(line, RowError("encoding", f"is not UTF-8 (byte {error.start + 1})"))
+            yield from read_text(file, text_rows)

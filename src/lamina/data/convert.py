@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from lamina.data.containers import RawRow, parse_lines
 from lamina.data.formats import Input, understand
 from lamina.data.jsonio import dump_line
 from lamina.data.messages import Example, RowError
 from lamina.data.parallel import Message, line_blocks, map_blocks
+from lamina.data.readers import RawRow, parse_lines
 from lamina.data.shapes import Shape, ShapeFinder, candidates, shape_named
 from lamina.data.shapes.base import uncarried
 from lamina.data.writers import (

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,10 +17,14 @@ from lamina.data.formats import Input, Places, Problems, Row, count_rows
 from lamina.data.lengths import TooLong, fit
 from lamina.data.messages import Example, Feedback, Preference, RowError
 from lamina.data.rules import findings
+from lamina.data.shapes import shadowed
 from lamina.data.template import Renderer, Sample
 from lamina.errors import DataError
 
 __all__ = ["Dataset", "Dropped", "Shortened", "load_dataset"]
+
+#: Rows between two calls of a progress function.
+_PROGRESS_EVERY = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,11 +148,7 @@ def load_dataset(
     """
     data = paths if isinstance(paths, Input) else Input(paths)
     loader = _Loader(data, renderer or Renderer(tokenizer), max_length, too_long)
-    source = data.rows()
-    while rows := list(islice(source, 256)):
-        loader.add(rows)
-        if progress is not None:
-            progress(len(loader.places.lines))
+    loader.read(progress or (lambda rows: None))
     return loader.finish()
 
 
@@ -166,30 +166,36 @@ class _Loader:
         self._dropped: list[Dropped] = []
         self._shortened: list[Shortened] = []
         self._chosen = self._disliked = 0
+        self._hidden: Counter[tuple[str, str]] = Counter()
 
-    def add(self, rows: Sequence[Row]) -> None:
-        good: list[tuple[Row, Example]] = []
-        for row in rows:
-            self.places.add(row.file, [row.raw.line])
-            example = row.example
-            if isinstance(example, RowError):
-                self._problem(row, example.message)
-                continue
-            errors = [
-                message for code, message in findings(example) if CODES[code].severity == "error"
-            ]
-            if errors:
-                self._problem(row, errors[0])
-            else:
-                good.append((row, example))
-        rendered = self._renderer.render_many(example for _, example in good)
-        for (row, example), result in zip(good, rendered, strict=True):
-            if isinstance(result, RowError):
-                self._problem(row, result.message)
-            else:
-                self._chosen += isinstance(example, Preference)
-                self._disliked += isinstance(example, Feedback) and not example.label
-                self._add(row, example, result)
+    def read(self, progress: Callable[[int], None]) -> None:
+        """Read and tokenize all rows."""
+        waiting: deque[Row] = deque()
+
+        def examples() -> Iterator[Example | RowError]:
+            for row in self._data.rows():
+                self.places.add(row.file, [row.raw.line])
+                waiting.append(row)
+                yield _without_errors(row.example)
+
+        done = 0
+        for done, result in enumerate(self._renderer.render_many(examples()), 1):
+            self._take(waiting.popleft(), result)
+            if done % _PROGRESS_EVERY == 0:
+                progress(done)
+        progress(done)
+
+    def _take(self, row: Row, result: list[Sample] | RowError) -> None:
+        example = row.example
+        if isinstance(result, RowError) or isinstance(example, RowError):
+            assert isinstance(result, RowError)
+            self._problems.add(self.places.name(row.index), result.message)
+            return
+        self._chosen += isinstance(example, Preference)
+        self._disliked += isinstance(example, Feedback) and not example.label
+        if self._data.columns and isinstance(row.raw.value, dict):
+            self._hidden.update(shadowed(row.raw.value, self._data.columns))
+        self._add(row, example, result)
 
     def _add(self, row: Row, example: Example, samples: list[Sample]) -> None:
         longest = max((len(sample.input_ids) for sample in samples), default=0)
@@ -208,9 +214,6 @@ class _Loader:
             self._coded.frombytes(coded.astype(np.int32).tobytes())
             self._offsets.append(self._offsets[-1] + len(coded))
             self._rows.append(row.index)
-
-    def _problem(self, row: Row, message: str) -> None:
-        self._problems.add(self.places.name(row.index), message)
 
     def finish(self) -> Dataset:
         names = self._data.name
@@ -256,4 +259,16 @@ class _Loader:
         if self._disliked:
             has = f"{count_rows(self._disliked, 'has', 'have')} a disliked"
             notes.append(f"{has} answer, which is not trained.")
+        for (name, source), count in self._hidden.items():
+            has = f"{count_rows(count, 'has', 'have')} a column {name!r} that is not read"
+            notes.append(f"{has}, for {source!r} is mapped to that name.")
         return notes
+
+
+def _without_errors(example: Example | RowError) -> Example | RowError:
+    """The example, or the first of its mistakes that stop a run."""
+    if not isinstance(example, RowError):
+        for code, message in findings(example):
+            if CODES[code].severity == "error":
+                return RowError(code, message)
+    return example

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from lamina.data.convert import PROGRESS_EVERY, Rejects, rejected_line
 from lamina.data.formats import Input
-from lamina.data.groups import find_links
+from lamina.data.groups import Links, find_links
 from lamina.data.messages import RowError
 from lamina.data.writers import check_output, open_writer, rejected_path
 
@@ -57,14 +60,7 @@ def dedup(
     for path in (output, rejects_file):
         check_output(path, data.sources, force=force)
     links = find_links(data, near=near, threshold=threshold, progress=progress)
-    repeats: dict[int, RowError] = {}
-    for one, other, similarity in sorted(links.near, key=lambda pair: pair[1]):
-        # What is like a row that is left out itself is not left out because of it.
-        if one not in repeats:
-            like = f"is {similarity:.0%} the same as {links.places.name(one)}"
-            repeats[other] = RowError("near-duplicate", like)
-    for one, other in links.same:
-        repeats[other] = RowError("duplicate", f"is the same as {links.places.name(one)}")
+    repeats, similarities = _repeats(links)
     result = Dedup(output)
     with Rejects(rejects_file) as rejects, open_writer(output) as writer:
         for row in data.rows():
@@ -72,8 +68,13 @@ def dedup(
             try:
                 if isinstance(row.example, RowError):
                     raise row.example
-                if row.index in repeats:
-                    raise repeats[row.index]
+                if repeats[row.index] >= 0:
+                    place = links.places.name(repeats[row.index])
+                    similarity = similarities[row.index]
+                    if similarity < 1:
+                        like = f"is {similarity:.0%} the same as {place}"
+                        raise RowError("near-duplicate", like)
+                    raise RowError("duplicate", f"is the same as {place}")
                 assert isinstance(row.raw.value, dict)
                 writer.write(row.raw.value)
                 result.rows_out += 1
@@ -85,3 +86,20 @@ def dedup(
     result.rejected = rejects.count
     result.rejected_file = rejects.finished()
     return result
+
+
+def _repeats(links: Links) -> tuple[array[int], array[float]]:
+    """For each row the earlier one that it repeats, or -1; and how alike they are, 1 if they are
+    the same."""
+    rows = len(links.usable)
+    repeats, similarities = array("q", [-1]) * rows, array("f", [0]) * rows
+    near = links.near
+    for k in np.argsort(np.frombuffer(near.others, dtype=np.int64), kind="stable"):
+        one, other = near.firsts[k], near.others[k]
+        # What is like a row that is left out itself is not left out because of it.
+        if repeats[one] < 0:
+            # The estimate can be 1 for rows that differ a little.
+            repeats[other], similarities[other] = one, min(near.similarities[k], 0.999)
+    for one, other in links.same:
+        repeats[other], similarities[other] = one, 1
+    return repeats, similarities

@@ -9,10 +9,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from lamina.data.containers import Compression, Container, RawRow, Source, read_source
+from lamina.data.containers import Compression, Container, Source, read_source
 from lamina.data.formats import Input, Problems, count_rows, understand
 from lamina.data.jsonio import json_type
 from lamina.data.messages import RowError
+from lamina.data.readers import RawRow
 from lamina.data.shapes import SHAPES, ShapeFinder, candidates, shadowed
 
 __all__ = ["Column", "Detection", "detect"]
@@ -104,6 +105,11 @@ def _detect(data: Input, source: Source) -> Detection:
             problems.add(f"{source.name}:{raw.line}", error.message)
     result.columns = list(columns.values())
     result.problems = problems.listed()
+    if result.container == "text" and not data.names_text_rows:
+        result.ambiguous.append(
+            "A text file can be one document, paragraphs, or a document a line: say which with "
+            "text_rows (document, paragraph or line)."
+        )
     _conclude(result, readable, reasons, notes)
     hidden = {name for name, _ in shadowed(columns, data.columns)}
     for column in result.columns:
@@ -152,12 +158,7 @@ def _conclude(result: Detection, readable: int, reasons: Counter[str], notes: Co
         f"{count_rows(count, 'has', 'have')} {reason.removeprefix('has ')}"
         for reason, count in reasons.most_common()
     ]
-    result.ambiguous = [f"{count_rows(count)}: {note}." for note, count in notes.most_common()]
-    if result.container == "text":
-        result.ambiguous.append(
-            "A text file can be one document, paragraphs, or a document a line: say which with "
-            "text_rows (document, paragraph or line)."
-        )
+    result.ambiguous += [f"{count_rows(count)}: {note}." for note, count in notes.most_common()]
     if len(result.shapes) > 1:
         parts = ", ".join(f"{count_rows(n)} as {name}" for name, n in result.shapes.most_common())
         result.ambiguous.append(f"The file mixes formats: {parts}.")

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
-from typing import Any
+from itertools import chain, islice
+from typing import Any, TypeVar
 
 from lamina.data.chat.pieces import Piece
+from lamina.data.parallel import cores
 
 __all__ = ["PieceEncoder"]
+
+T = TypeVar("T")
+
+#: The ids of each piece of a sample.
+Ids = list[list[int]]
 
 
 class PieceEncoder:
@@ -31,9 +40,30 @@ class PieceEncoder:
         joined = self.start(["\na"])[0]
         self._adds_prefix = joined[len(self._newline) :] != self.start(["a"])[0]
 
-    def encode(self, samples: Sequence[Sequence[Piece]]) -> Iterator[list[list[int]]]:
-        """For each sample, the ids of each of its pieces. All texts go to the tokenizer at once,
-        which then works on several cores."""
+    def encode_all(
+        self, batches: Iterable[tuple[T, Sequence[Sequence[Piece]]]]
+    ) -> Iterator[tuple[T, list[Ids]]]:
+        """Batches of samples, encoded, each with what came with it. A tokenizer that isn't written
+        in Python encodes several at a time, while the caller makes the next ones."""
+        source = iter(batches)
+        first = list(islice(source, 2))
+        if len(first) < 2 or self._fast is None:
+            for key, samples in chain(first, source):
+                yield key, self.encode(samples)
+            return
+        count = cores()
+        waiting: deque[tuple[T, Future[list[Ids]]]] = deque()
+        with ThreadPoolExecutor(count) as pool:
+            for key, samples in chain(first, source):
+                waiting.append((key, pool.submit(self.encode, samples)))
+                if len(waiting) > count:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            for done, future in waiting:
+                yield done, future.result()
+
+    def encode(self, samples: Sequence[Sequence[Piece]]) -> list[Ids]:
+        """For each sample, the ids of each of its pieces."""
         first: list[str] = []
         rest: list[str] = []
         plain: list[str] = []
@@ -48,16 +78,15 @@ class PieceEncoder:
             "rest": iter(self.follow(rest)),
             "plain": iter(self.plain(plain)),
         }
-        for pieces in samples:
-            result = []
-            for k, piece in enumerate(pieces):
-                if piece.kind == "ids":
-                    result.append(list(piece.ids))
-                elif piece.kind == "plain":
-                    result.append(next(encoded["plain"]))
-                else:
-                    result.append(next(encoded["rest" if k else "first"]))
-            yield result
+        return [
+            [
+                list(piece.ids)
+                if piece.kind == "ids"
+                else next(encoded["plain" if piece.kind == "plain" else "rest" if k else "first"])
+                for k, piece in enumerate(pieces)
+            ]
+            for pieces in samples
+        ]
 
     def start(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, as if it stood at the beginning. Special tokens written in a text

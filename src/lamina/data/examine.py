@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lamina.data.codes import CODES
-from lamina.data.containers import RawRow, parse_lines
 from lamina.data.fingerprints import answer_of, content_of, fingerprint, prompt_of
 from lamina.data.formats import understand
 from lamina.data.messages import Example, RowError
 from lamina.data.near import Sketch, sketch
 from lamina.data.parallel import Message
 from lamina.data.pii import PersonalData
+from lamina.data.readers import RawRow, parse_lines
 from lamina.data.rules import CONTROL_TOKENS, findings, texts_of
 from lamina.data.shapes import Shape, ShapeFinder, candidates, shadowed, shape_named
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lamina.data.containers import RawRow, Source, TextRows, find_sources, read_source
+from lamina.data.containers import Source, find_sources, read_source
 from lamina.data.messages import Example, RowError
+from lamina.data.readers import RawRow, TextRows
 from lamina.data.shapes import Shape, ShapeFinder, shape_named
 from lamina.errors import DataError
 
@@ -92,7 +93,7 @@ class Input:
         columns: what a column of a shape is called in these files, e.g. `{"user": "Frage"}`.
             `question` and `answer` are other words for `user` and `assistant`. Where the files have
             a column of a mapped name besides, that one is not read.
-        text_rows: what a row of a plain text file is.
+        text_rows: what a row of a plain text file is; a document if None.
 
     Raises:
         DataError: a path stands for nothing, or the shape or a column isn't known.
@@ -104,12 +105,14 @@ class Input:
         *,
         shape: str | None = None,
         columns: Mapping[str, str] | None = None,
-        text_rows: TextRows = "document",
+        text_rows: TextRows | None = None,
     ):
         self.sources = find_sources(paths)
         self.shape = None if shape is None else shape_named(shape)
         self.columns = {ALIASES.get(name, name): column for name, column in (columns or {}).items()}
-        self.text_rows: TextRows = text_rows
+        self.text_rows: TextRows = text_rows or "document"
+        #: Whether somebody said so.
+        self.names_text_rows = text_rows is not None
         unknown = [column for column in self.columns if column not in _MAPPABLE]
         if unknown:
             raise DataError(

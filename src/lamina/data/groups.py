@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lamina.data.convert import PROGRESS_EVERY
@@ -15,7 +15,7 @@ from lamina.data.near import NearIndex, sketch
 from lamina.data.rules import texts_of
 from lamina.errors import DataError
 
-__all__ = ["Groups", "Links", "column_text", "find_links"]
+__all__ = ["Groups", "Links", "Pairs", "column_text", "find_links"]
 
 
 class Groups:
@@ -43,23 +43,40 @@ class Groups:
         self._parents[max(a, b)] = min(a, b)
 
 
+class Pairs:
+    """Pairs of rows, 24 bytes each: the first of its kind, a later one, and their similarity."""
+
+    def __init__(self) -> None:
+        self.firsts = array("q")
+        self.others = array("q")
+        self.similarities = array("d")
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return zip(self.firsts, self.others, strict=True)
+
+    def add(self, first: int, other: int, similarity: float = 1.0) -> None:
+        self.firsts.append(first)
+        self.others.append(other)
+        self.similarities.append(similarity)
+
+
 class Links:
     """What a pass over a dataset finds out about its rows.
 
     Args:
         places: where each row stands.
         usable: for each row, whether it can be understood.
-        same: pairs of rows that say the same: the first one, and a later one.
-        near: pairs that are nearly the same, with their similarity.
-        grouped: pairs with the same value of the column that rows are grouped by.
+        same: rows that say the same.
+        near: rows that are nearly the same.
+        grouped: rows with the same value of the column that rows are grouped by.
     """
 
     def __init__(self, places: Places) -> None:
         self.places = places
         self.usable = bytearray()
-        self.same: list[tuple[int, int]] = []
-        self.near: list[tuple[int, int, float]] = []
-        self.grouped: list[tuple[int, int]] = []
+        self.same = Pairs()
+        self.near = Pairs()
+        self.grouped = Pairs()
 
 
 def find_links(
@@ -116,10 +133,8 @@ def find_links(
         links.grouped = _pairs(columns)
         if near:
             near_index.add(sketch(texts))
-            links.near = [
-                (near_rows[a], near_rows[b], similarity)
-                for a, b, similarity in near_index.pairs(threshold)
-            ]
+            for a, b, similarity in near_index.pairs(threshold):
+                links.near.add(near_rows[a], near_rows[b], similarity)
     finally:
         contents.close()
         columns.close()
@@ -127,8 +142,13 @@ def find_links(
     return links
 
 
-def _pairs(index: HashIndex) -> list[tuple[int, int]]:
-    return [(int(group[0]), int(other)) for group in index.groups() for other in group[1:]]
+def _pairs(index: HashIndex) -> Pairs:
+    pairs = Pairs()
+    for group in index.groups():
+        first = int(group[0])
+        for other in group[1:]:
+            pairs.add(first, int(other))
+    return pairs
 
 
 def column_text(value: dict[str, Any] | RowError, column: str | None) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -67,7 +68,9 @@ def mend(
     for path in (output, rejects_file, list_file):
         check_output(path, data.sources, force=force)
     links = find_links(data, near=False, progress=progress)
-    repeats = {other: one for one, other in links.same}
+    repeats = array("q", [-1]) * len(links.usable)
+    for one, other in links.same:
+        repeats[other] = one
     result = Mended(output)
     with (
         Rejects(rejects_file) as rejects,
@@ -82,7 +85,7 @@ def mend(
             result.rows_in += 1
             name = data.sources[row.file].name
             try:
-                if row.index in repeats:
+                if repeats[row.index] >= 0:
                     place = links.places.name(repeats[row.index])
                     raise RowError("duplicate", f"is the same as {place}")
                 value, mends = _mended(row, data.columns)

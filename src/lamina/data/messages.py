@@ -72,6 +72,8 @@ class Message:
         tool_call_id: on a tool's result, the call that it answers.
         name: the speaker's or the tool's name.
         train: whether this turn is learned; None leaves it to the masking policy.
+        extra: its other fields, which training ignores, conversion carries along and comparisons
+            pass over.
     """
 
     role: Role
@@ -80,6 +82,7 @@ class Message:
     tool_call_id: str | None = None
     name: str | None = None
     train: bool | None = None
+    extra: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(slots=True)

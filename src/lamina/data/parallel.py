@@ -25,7 +25,15 @@ from typing import Any, BinaryIO, cast
 from lamina.data.containers import Source, open_bytes, reading
 from lamina.errors import DataError
 
-__all__ = ["Block", "Message", "line_blocks", "map_blocks", "read_message", "write_message"]
+__all__ = [
+    "Block",
+    "Message",
+    "cores",
+    "line_blocks",
+    "map_blocks",
+    "read_message",
+    "write_message",
+]
 
 BLOCK_BYTES = 1 << 20
 
@@ -62,6 +70,13 @@ class Block:
     data: bytes
 
 
+def cores() -> int:
+    """The processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def line_blocks(index: int, source: Source) -> Iterator[Block]:
     """A file in blocks of whole lines."""
     with reading(source), open_bytes(source) as file:
@@ -87,8 +102,8 @@ def map_blocks(
     Raises:
         DataError: the task did.
     """
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if size < WORTH_BYTES or not count or count < 2:
+    count = cores()
+    if size < WORTH_BYTES or count < 2:
         for block in blocks:
             yield block, function(options, block.first, block.data)
         return

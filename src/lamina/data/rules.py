@@ -97,6 +97,7 @@ def conversation_findings(
     messages = conversation.messages
     before = None
     has_tools = bool(conversation.tools)
+    extra: set[str] = set()
     for index, message in enumerate(messages):
         role = message.role
         content = message.content
@@ -111,9 +112,14 @@ def conversation_findings(
                 yield "role-order", odd
         if role == "tool" or message.tool_calls:
             has_tools = True
+        if message.extra:
+            extra.update(message.extra)
         before = role
     if before != "assistant":
         yield "last-turn", f"ends with a {before} turn"
+    if extra:
+        names = ", ".join(map(repr, sorted(extra)))
+        yield "unknown-columns", f"has fields in its messages that are not trained: {names}"
     if has_tools:
         yield from _tool_findings(conversation)
 

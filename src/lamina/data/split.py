@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections import Counter, defaultdict
+from array import array
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lamina.data.convert import PROGRESS_EVERY, Rejects, rejected_line
 from lamina.data.formats import Input, Row
@@ -82,19 +83,10 @@ def split(
     rejects_file = rejected_path(first)
     for path in (first, second, rejects_file):
         check_output(path, data.sources, force=force)
-    strata: list[str] = []
-    has_column = False
-
-    def stratum(row: Row) -> None:
-        nonlocal has_column
-        value = column_text(row.raw.value, stratify_by)
-        has_column |= value is not None
-        # Interned, so that each value is held only once.
-        strata.append(sys.intern(value or ""))
-
-    each = stratum if stratify_by is not None else None
+    strata = _Strata(stratify_by)
+    each = strata.add if strata.given else None
     links = find_links(data, near=near_duplicates, group_by=group_by, each=each, progress=progress)
-    if stratify_by is not None and not has_column:
+    if strata.given and not strata.has_column:
         raise DataError(f"{data.name}: no row has the column {stratify_by!r}.")
     result = Split(first, second)
     chosen = _choose(links, strata, fraction, count, seed, result)
@@ -102,56 +94,85 @@ def split(
     return result
 
 
+class _Strata:
+    """For each row its value of a column, as a number; 8 bytes a row.
+
+    Args:
+        column: or None, for which all rows are alike.
+    """
+
+    def __init__(self, column: str | None):
+        self.given = column is not None
+        self.has_column = False
+        self._column = column
+        self._numbers: dict[str, int] = {} if self.given else {"": 0}
+        self._of = array("q")
+
+    @property
+    def values(self) -> list[str]:
+        """The values, in the order of their numbers."""
+        return [*self._numbers]
+
+    def add(self, row: Row) -> None:
+        value = column_text(row.raw.value, self._column)
+        self.has_column |= value is not None
+        self._of.append(self._numbers.setdefault(value or "", len(self._numbers)))
+
+    def of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The numbers of the values of these rows."""
+        if not self.given:
+            return np.zeros(len(rows), dtype=np.int64)
+        return np.frombuffer(self._of, dtype=np.int64)[rows]
+
+
 def _choose(
     links: Links,
-    strata: list[str],
+    strata: _Strata,
     fraction: float | None,
     count: int | None,
     seed: int,
     result: Split,
-) -> bytearray:
+) -> NDArray[np.bool_]:
     """For each row, whether it goes to the second part."""
     size = len(links.usable)
     groups = Groups(size)
-    for one, other in [*links.same, *links.grouped, *((a, b) for a, b, _ in links.near)]:
-        groups.join(one, other)
-    members: defaultdict[int, int] = defaultdict(int)
-    for row in range(size):
-        if links.usable[row]:
-            members[groups.first(row)] += 1
-    result.groups = len(members)
-    usable = sum(members.values())
+    for pairs in (links.same, links.grouped, links.near):
+        for one, other in pairs:
+            groups.join(one, other)
+    # A group is called by its first row.
+    group_of = np.fromiter(map(groups.first, range(size)), dtype=np.int64, count=size)
+    members = np.bincount(group_of[np.frombuffer(links.usable, dtype=np.bool_)], minlength=size)
+    known = np.flatnonzero(members)
+    result.groups = len(known)
+    usable = int(members.sum())
     if count is not None and count >= usable:
         raise DataError(f"{count} rows can't be split off: there are {usable} usable rows.")
     share = fraction if fraction is not None else (count or 0) / usable
     keys = mixed(np.arange(size, dtype=np.uint64) ^ mixed(np.array([seed % 2**64], np.uint64)))
-    by_stratum: defaultdict[str, list[int]] = defaultdict(list)
-    for group in members:
-        by_stratum[strata[group] if strata else ""].append(group)
-    taken: set[int] = set()
-    for rows in by_stratum.values():
+    known = known[np.argsort(keys[known], kind="stable")]
+    taken = np.zeros(size, dtype=np.bool_)
+    for number, value in enumerate(strata.values):
+        own = known[strata.of(known) == number]
         # As many whole groups as fit, in a random order.
-        room = round(share * sum(members[group] for group in rows))
-        for group in sorted(rows, key=lambda group: int(keys[group])):
+        room = wanted = round(share * int(members[own].sum()))
+        for group in own.tolist():
             if members[group] <= room:
-                taken.add(group)
-                room -= members[group]
-    if not taken:
+                taken[group] = True
+                room -= int(members[group])
+        if strata.given:
+            result.strata[value] = (int(members[own].sum()) - wanted + room, wanted - room)
+    if not taken.any():
         raise DataError(
-            f"Nothing can be split off: of {usable} rows in {len(members)} groups that stay "
+            f"Nothing can be split off: of {usable} rows in {len(known)} groups that stay "
             f"together, no group is small enough.",
             hint="Ask for more, or group by another column.",
         )
-    chosen = bytearray(groups.first(row) in taken for row in range(size))
-    for value, rows in by_stratum.items() if strata else ():
-        second = sum(members[group] for group in rows if group in taken)
-        result.strata[value] = (sum(members[group] for group in rows) - second, second)
-    return chosen
+    return taken[group_of]
 
 
 def _write(
     data: Input,
-    chosen: bytearray,
+    chosen: NDArray[np.bool_],
     result: Split,
     rejects_file: Path,
     progress: Callable[[int], None] | None,

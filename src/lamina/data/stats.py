@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import heapq
 from array import array
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +15,11 @@ from lamina.data.formats import Input, Row
 from lamina.data.lengths import TooLong, fit
 from lamina.data.messages import Conversation, Example, Feedback, Preference, RowError
 from lamina.data.order import fill, shuffled
-from lamina.data.template import Renderer
+from lamina.data.template import Renderer, Sample
 
 __all__ = ["Bin", "Long", "Quantiles", "Stats", "stats"]
 
-_BATCH = 256
+_PROGRESS_EVERY = 256
 _LONGEST = 10
 _BINS = 12
 
@@ -131,11 +130,7 @@ def stats(
         DataError: the data can't be read at all.
     """
     counter = _Counter(data, renderer, max_length, too_long)
-    rows = data.rows()
-    while batch := list(islice(rows, _BATCH)):
-        counter.add(batch)
-        if progress is not None:
-            progress(counter.result.rows)
+    counter.read(progress or (lambda rows: None))
     return counter.finish(tokens_per_step, seed)
 
 
@@ -150,40 +145,49 @@ class _Counter:
         self._kept = array("q")
         self._longest: list[tuple[int, int, str]] = []
 
-    def add(self, batch: list[Row]) -> None:
-        result = self.result
-        good: list[tuple[Row, Example]] = []
-        for row in batch:
-            result.rows += 1
-            if row.shape is not None:
-                result.shapes[row.shape.name] += 1
-            if isinstance(row.example, RowError):
-                result.unusable[row.example.code] += 1
-            else:
-                good.append((row, row.example))
-                self._count_turns(row.example)
-        rendered = self._renderer.render_many(example for _, example in good)
-        for (row, example), samples in zip(good, rendered, strict=True):
-            if isinstance(samples, RowError):
-                result.unusable[samples.code] += 1
-                continue
-            sizes = [len(sample.input_ids) for sample in samples]
-            self._lengths.extend(sizes)
-            result.several += len(sizes) > 1
-            result.num_loss_tokens += sum(sample.num_loss_tokens for sample in samples)
-            entry = (sum(sizes), -row.index, self._data.place(row))
-            if len(self._longest) < _LONGEST:
-                heapq.heappush(self._longest, entry)
-            else:
-                heapq.heappushpop(self._longest, entry)
-            limit = self._max_length
-            if limit is not None and max(sizes, default=0) > limit:
-                result.too_long += 1
-                left = fit(self._renderer, example, samples, limit, self._too_long)
-                sizes = [len(sample.input_ids) for sample in left]
-                result.dropped += not left
-                result.shortened += bool(left)
-            self._kept.extend(sizes)
+    def read(self, progress: Callable[[int], None]) -> None:
+        """Read and tokenize all rows."""
+        waiting: deque[Row] = deque()
+
+        def examples() -> Iterator[Example | RowError]:
+            for row in self._data.rows():
+                waiting.append(row)
+                yield row.example
+
+        for samples in self._renderer.render_many(examples()):
+            self._take(waiting.popleft(), samples)
+            if self.result.rows % _PROGRESS_EVERY == 0:
+                progress(self.result.rows)
+        progress(self.result.rows)
+
+    def _take(self, row: Row, samples: list[Sample] | RowError) -> None:
+        result, example = self.result, row.example
+        result.rows += 1
+        if row.shape is not None:
+            result.shapes[row.shape.name] += 1
+        if not isinstance(example, RowError):
+            self._count_turns(example)
+        if isinstance(samples, RowError) or isinstance(example, RowError):
+            assert isinstance(samples, RowError)
+            result.unusable[samples.code] += 1
+            return
+        sizes = [len(sample.input_ids) for sample in samples]
+        self._lengths.extend(sizes)
+        result.several += len(sizes) > 1
+        result.num_loss_tokens += sum(sample.num_loss_tokens for sample in samples)
+        entry = (sum(sizes), -row.index, self._data.place(row))
+        if len(self._longest) < _LONGEST:
+            heapq.heappush(self._longest, entry)
+        else:
+            heapq.heappushpop(self._longest, entry)
+        limit = self._max_length
+        if limit is not None and max(sizes, default=0) > limit:
+            result.too_long += 1
+            left = fit(self._renderer, example, samples, limit, self._too_long)
+            sizes = [len(sample.input_ids) for sample in left]
+            result.dropped += not left
+            result.shortened += bool(left)
+        self._kept.extend(sizes)
 
     def _count_turns(self, example: Example) -> None:
         match example:

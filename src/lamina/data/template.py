@@ -39,8 +39,8 @@ __all__ = ["Renderer", "Sample", "TemplateName", "answered"]
 
 TemplateName = Literal["auto", "tokenizer", "llama4", "mixtral"]
 
-#: How many examples are tokenized in one call of the tokenizer, which then works in parallel.
-_CHUNK = 256
+#: How many examples go to the tokenizer at once.
+_CHUNK = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,39 +144,49 @@ class Renderer:
             raise DataError(f"Row {row + 1} {result.message}.")
         return [replace(sample, row=row) for sample in result]
 
-    def render_many(self, examples: Iterable[Example]) -> Iterator[list[Sample] | RowError]:
-        """For each example its samples, or why it has none. `Sample.row` counts the examples."""
-        source = iter(examples)
+    def render_many(
+        self, examples: Iterable[Example | RowError]
+    ) -> Iterator[list[Sample] | RowError]:
+        """For each example its samples, or why it has none; a `RowError` is passed on. `Sample.row`
+        counts the examples. Some are taken before the results of those ahead of them are given."""
         row = 0
+        for groups, encoded in self._encoder.encode_all(self._chunks(iter(examples))):
+            rest = iter(encoded)
+            for group in groups:
+                yield self._assembled(group, rest, row)
+                row += 1
+
+    def _chunks(
+        self, source: Iterator[Example | RowError]
+    ) -> Iterator[tuple[list[list[_Draft] | RowError], list[list[Piece]]]]:
+        """Drafts of the examples, some at a time, and the pieces of all these drafts."""
         while chunk := list(islice(source, _CHUNK)):
-            yield from self._render_chunk(chunk, row)
-            row += len(chunk)
+            groups: list[list[_Draft] | RowError] = []
+            for example in chunk:
+                try:
+                    groups.append(self._drafts(example))
+                except RowError as error:
+                    groups.append(error)
+            drafts = (group for group in groups if not isinstance(group, RowError))
+            yield groups, [draft.pieces for group in drafts for draft in group]
 
-    def _render_chunk(self, chunk: list[Example], row: int) -> Iterator[list[Sample] | RowError]:
-        drafts: list[list[_Draft] | RowError] = []
-        for example in chunk:
-            try:
-                drafts.append(self._drafts(example))
-            except RowError as error:
-                drafts.append(error)
-        encoded = self._encoder.encode(
-            [draft.pieces for group in drafts if not isinstance(group, RowError) for draft in group]
-        )
-        for offset, group in enumerate(drafts):
-            if isinstance(group, RowError):
-                yield group
-                continue
-            ids = [next(encoded) for _ in group]
-            try:
-                yield [
-                    self._assemble(draft, pieces, row + offset)
-                    for draft, pieces in zip(group, ids, strict=True)
-                ]
-            except RowError as error:
-                yield error
+    def _assembled(
+        self, group: list[_Draft] | RowError, encoded: Iterator[list[list[int]]], row: int
+    ) -> list[Sample] | RowError:
+        if isinstance(group, RowError):
+            return group
+        ids = list(islice(encoded, len(group)))
+        try:
+            return [
+                self._assemble(draft, pieces, row) for draft, pieces in zip(group, ids, strict=True)
+            ]
+        except RowError as error:
+            return error
 
-    def _drafts(self, example: Example) -> list[_Draft]:
+    def _drafts(self, example: Example | RowError) -> list[_Draft]:
         match example:
+            case RowError():
+                raise example
             case Preference(prompt, chosen, _, tools):
                 shown: Example = answered(prompt, chosen, tools)
             case Feedback(prompt, completion, label, tools):
@@ -227,28 +237,31 @@ class Renderer:
 
     def _assemble(self, draft: _Draft, pieces: list[list[int]], row: int) -> Sample:
         ids: list[int] = []
-        mask: list[bool] = []
+        learned: list[slice] = []
         for piece, piece_ids in zip(draft.pieces, pieces, strict=True):
+            start = len(ids)
             ids += piece_ids
-            learned = 0
-            if piece.learn == "all":
-                learned = len(piece_ids)
+            if piece.learn == "all" and piece_ids:
+                learned.append(slice(start, len(ids)))
             elif piece.learn == "turn":
-                learned = self._learned_length(piece_ids)
-            mask += [True] * learned + [False] * (len(piece_ids) - learned)
+                learned.append(slice(start, start + self._learned_length(piece_ids)))
         if draft.end != "no" and self._eos is not None and ids[-1:] != [self._eos]:
             ids.append(self._eos)
-            mask.append(draft.end == "learn")
-        if draft.begin and self._needs_bos(ids):
-            ids.insert(0, self._bos or 0)
-            mask.insert(0, False)
+            if draft.end == "learn":
+                learned.append(slice(len(ids) - 1, len(ids)))
         # What comes after the last learned token can't influence anything.
-        length = max((t for t, flag in enumerate(mask) if flag), default=-1) + 1
-        mask_T = np.array(mask[:length], dtype=np.bool_)
+        length = learned[-1].stop if learned else 0
+        mask_T = np.zeros(length, dtype=np.bool_)
+        for span in learned:
+            mask_T[span] = True
+        ids_T = np.array(ids[:length], dtype=np.int32)
+        if draft.begin and self._needs_bos(ids):
+            ids_T = np.concatenate([np.array([self._bos], dtype=np.int32), ids_T])
+            mask_T = np.concatenate([np.zeros(1, dtype=np.bool_), mask_T])
         mask_T[:1] = False
         if not mask_T.any():
             raise RowError("nothing-to-learn", "has no token to learn")
-        return Sample(np.array(ids[:length], dtype=np.int32), mask_T, row)
+        return Sample(ids_T, mask_T, row)
 
     def _needs_bos(self, ids: list[int]) -> bool:
         if self._bos is None or not ids:

@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import os
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -153,8 +154,8 @@ class _Columnar(RowWriter):
         super().__init__(file)
         self._arrow = pyarrow(path)
         self._path = path
-        self._waiting_path = path.with_name(path.name + ".rows")
-        self._waiting = self._waiting_path.open("w+b")
+        # Beside the output, where there is room for it.
+        self._waiting = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115
         self._schema: Any = None
         self._batch: list[dict[str, Any]] = []
 
@@ -197,7 +198,6 @@ class _Columnar(RowWriter):
         # Closing writes what is still held back, which a full disk can't take.
         with suppress(OSError):
             self._waiting.close()
-        self._waiting_path.unlink(missing_ok=True)
 
     @abstractmethod
     def _write_all(self, tables: Iterable[Any]) -> None: ...
@@ -289,15 +289,26 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         DataError: it can't be written.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial: Path | None = None
     try:
-        with partial.open("wb") as file:
+        with _fresh(path.with_name(path.name + ".partial")) as file:
+            partial = Path(file.name)
             yield file
         partial.replace(path)
     except OSError as error:
         raise DataError(f"{path} can't be written: {error.strerror or error}.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+
+
+def _fresh(path: Path) -> BinaryIO:
+    """A file of that name or, if there is one already (it could be an input), of one like it."""
+    number = 0
+    while True:
+        with suppress(FileExistsError):
+            return path.with_name(f"{path.name}{number or ''}").open("xb")
+        number += 1
 
 
 @contextmanager

@@ -128,6 +128,8 @@ def _pairs(conversation: Conversation) -> tuple[str, list[tuple[str, str]]]:
         raise uncarried("it has tools")
     if any(m.train is not None or m.name is not None for m in messages):
         raise uncarried("a turn has a name or a weight")
+    if any(m.extra for m in conversation.messages):
+        raise uncarried("a turn has further fields")
     if (
         len(asked) != len(answered)
         or any(m.role != "user" for m in asked)

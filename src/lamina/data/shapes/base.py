@@ -12,7 +12,9 @@ from lamina.data.messages import Conversation, Example, Message, RowError
 
 __all__ = [
     "Shape",
+    "carried_fields",
     "check_answers",
+    "further_fields",
     "list_column",
     "others",
     "string_column",
@@ -64,6 +66,23 @@ class Shape(ABC):
 def others(row: dict[str, Any], columns: frozenset[str]) -> dict[str, Any]:
     """The columns that a shape gives no meaning."""
     return {key: value for key, value in row.items() if key not in columns}
+
+
+def carried_fields(message: Message, known: frozenset[str]) -> dict[str, Any]:
+    """The further fields of a message, to be written in a format that knows these fields.
+
+    Raises:
+        RowError: the format gives one of them a meaning.
+    """
+    for key in message.extra:
+        if key in known:
+            raise uncarried(f"a turn's further field {key!r} has a meaning in this format")
+    return message.extra
+
+
+def further_fields(item: dict[str, Any], known: frozenset[str]) -> dict[str, Any]:
+    """The fields of a message that its format doesn't know and that hold something."""
+    return {key: item[key] for key in item if key not in known and item[key] is not None}
 
 
 def list_column(row: dict[str, Any], column: str) -> list[Any]:

@@ -10,7 +10,9 @@ from lamina.data.jsonio import json_type, loads
 from lamina.data.messages import ROLES, Conversation, Example, Message, Role, RowError, ToolCall
 from lamina.data.shapes.base import (
     Shape,
+    carried_fields,
     check_answers,
+    further_fields,
     list_column,
     others,
     plain_conversation,
@@ -19,6 +21,20 @@ from lamina.data.shapes.base import (
 )
 
 __all__ = ["OpenAI", "parse_call", "parse_message_list", "parse_messages", "write_messages"]
+
+#: The fields of a message that have a meaning.
+_FIELDS = frozenset(
+    {
+        "content",
+        "function_call",
+        "name",
+        "role",
+        "tool_call_id",
+        "tool_calls",
+        "train",
+        "weight",
+    }
+)
 
 #: Other names that this format has, or had, for our roles.
 _ROLE_SPELLINGS = {"developer": "system", "function": "tool"}
@@ -31,9 +47,10 @@ class OpenAI(Shape):
         "Each message has a `role` (`system`, `user`, `assistant` or `tool`; `developer` and "
         "`function` are other spellings) and a `content`: a text, a list of typed text parts, or "
         "null beside `tool_calls`. `weight` 0 or 1 says whether an answer is learned, and so does "
-        "`train`. `tools` holds the tools on offer. Images and other parts are refused."
+        "`train`. `tools` holds the tools on offer. Images and other parts are refused. Other "
+        "fields of a message are not trained, and conversions carry them along."
     )
-    columns = frozenset({"messages", "tools", "parallel_tool_calls", "functions"})
+    columns = frozenset({"messages", "tools", "functions"})
     row: ClassVar[dict[str, Any]] = {
         "messages": [
             {"role": "system", "content": "Be brief."},
@@ -56,7 +73,13 @@ class OpenAI(Shape):
         check_answers(messages)
         if len(row) == 1:
             return Conversation(messages)
-        return Conversation(messages, _all_tools(row), others(row, self.columns))
+        tools = tools_column(row)
+        if tools:
+            return Conversation(messages, tools, others(row, frozenset({"messages", "tools"})))
+        # The name and the form before there were tools.
+        functions = tools_column({"tools": row.get("functions")})
+        tools = [{"type": "function", "function": function} for function in functions]
+        return Conversation(messages, tools, others(row, self.columns))
 
     def write(self, example: Example) -> dict[str, Any]:
         conversation = plain_conversation(example)
@@ -64,14 +87,6 @@ class OpenAI(Shape):
         if conversation.tools:
             row["tools"] = conversation.tools
         return with_extra(self, row, conversation.extra)
-
-
-def _all_tools(row: dict[str, Any]) -> list[dict[str, Any]]:
-    tools = tools_column(row)
-    if not tools and row.get("functions"):  # the name before there were tools
-        functions = tools_column({"tools": row["functions"]})
-        tools = [{"type": "function", "function": function} for function in functions]
-    return tools
 
 
 # -- reading --------------------------------------------------------------------------------------
@@ -175,6 +190,7 @@ def _extras(message: Message, item: dict[str, Any], place: str) -> None:
             parse_call(call, f"{place}.tool_calls[{index}]") for index, call in enumerate(calls)
         ]
     message.train = train_flag(item, place)
+    message.extra = further_fields(item, _FIELDS)
 
 
 def train_flag(item: dict[str, Any], place: str) -> bool | None:
@@ -235,7 +251,11 @@ def _arguments(arguments: object, place: str) -> dict[str, Any] | str:
 
 
 def write_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as OpenAI writes them."""
+    """Messages as OpenAI writes them.
+
+    Raises:
+        RowError: a further field of one has a meaning here.
+    """
     return [_write(message) for message in messages]
 
 
@@ -254,6 +274,8 @@ def _write(message: Message) -> dict[str, Any]:
             item["weight"] = int(message.train)
         else:
             item["train"] = message.train
+    if message.extra:
+        item.update(carried_fields(message, _FIELDS))
     return item
 
 

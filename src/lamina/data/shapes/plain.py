@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from lamina.data.jsonio import json_type
@@ -83,12 +84,7 @@ class PromptCompletion(Shape):
         ):
             raise uncarried("it has a trained turn before its last question")
         # Reading flags the prompt's answers as untrained: that need not be written.
-        bare = [
-            Message(m.role, m.content, m.tool_calls, m.tool_call_id, m.name)
-            if m.role == "assistant"
-            else m
-            for m in prompt
-        ]
+        bare = [replace(m, train=None) if m.role == "assistant" else m for m in prompt]
         row: dict[str, Any] = {
             "prompt": write_messages(bare),
             "completion": write_messages(completion),

@@ -45,6 +45,7 @@ class PreferencePairs(Shape):
         extra = others(row, self.columns)
         if isinstance(row["chosen"], str) or isinstance(row["rejected"], str):
             chosen, rejected = string_column(row, "chosen"), string_column(row, "rejected")
+            _refuse_tools(row)
             if row.get("prompt") is not None:
                 return Preference(string_column(row, "prompt"), chosen, rejected, [], extra)
             cut = _shared(chosen, rejected)
@@ -210,6 +211,7 @@ class KTO(Shape):
             completion = parse_messages(list_column(row, "completion"), "completion")
             check_answers(completion, "completion")
             return Feedback(_prompt_messages(row), completion, label, tools_column(row), extra)
+        _refuse_tools(row)
         prompt = string_column(row, "prompt", may_be_empty=True)
         return Feedback(prompt, string_column(row, "completion"), label, [], extra)
 
@@ -244,6 +246,11 @@ def _prompt_messages(row: dict[str, Any]) -> list[Message]:
     if isinstance(row["prompt"], str):
         return [Message("user", string_column(row, "prompt"))]
     return parse_messages(list_column(row, "prompt"), "prompt")
+
+
+def _refuse_tools(row: dict[str, Any]) -> None:
+    if row.get("tools"):
+        raise RowError("wrong-type", "has 'tools', but its prompt is plain text")
 
 
 def _part(part: list[Message] | str) -> list[dict[str, Any]] | str:

@@ -10,7 +10,9 @@ from lamina.data.jsonio import json_type, loads
 from lamina.data.messages import Conversation, Example, Message, Role, RowError, ToolCall
 from lamina.data.shapes.base import (
     Shape,
+    carried_fields,
     check_answers,
+    further_fields,
     list_column,
     others,
     plain_conversation,
@@ -43,6 +45,8 @@ SPEAKERS: dict[str, Role] = {
     "function": "tool",
 }
 _CALLS = ("function_call", "tool_call")
+#: The fields of a turn that have a meaning.
+_FIELDS = frozenset({"content", "from", "name", "role", "tool_call_id", "train", "value", "weight"})
 _WRITTEN: dict[Role, str] = {
     "system": "system",
     "user": "human",
@@ -84,7 +88,7 @@ class ShareGPT(Shape):
         column = _column(row) or "conversations"
         turns = parse_turns(list_column(row, column), column)
         check_answers(turns, column)
-        extra = others(row, self.columns)
+        extra = others(row, frozenset({column, "system", "tools"}))
         return Conversation([*system_column(row), *turns], tools_column(row), extra)
 
     def write(self, example: Example) -> dict[str, Any]:
@@ -132,6 +136,7 @@ def _turn(turn: object, place: str) -> Message:
             if isinstance(turn.get(key), str):
                 setattr(message, key, turn[key])
         message.train = train_flag(turn, place)
+        message.extra = further_fields(turn, _FIELDS)
     return message
 
 
@@ -150,7 +155,7 @@ def _parse_calls(value: object, place: str) -> list[ToolCall]:
 def write_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """
     Raises:
-        RowError: a turn has text beside tool calls.
+        RowError: a turn has text beside tool calls, or a field that would get a meaning.
     """
     turns = []
     for message in messages:
@@ -165,6 +170,8 @@ def write_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
             turn["name"] = message.name
         if message.train is not None:
             turn["train"] = message.train
+        if message.extra:
+            turn.update(carried_fields(message, _FIELDS))
         turns.append(turn)
     return turns
 

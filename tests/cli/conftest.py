@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.cli.rows import Lamina, WriteRows
 
 from lamina.cli.main import main
 
@@ -16,10 +17,6 @@ TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-#: Runs `lamina data` with these words; gives its exit code, stdout and stderr.
-Lamina = Callable[..., tuple[int, str, str]]
-WriteRows = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")

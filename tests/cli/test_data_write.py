@@ -8,18 +8,13 @@ import pty
 import resource
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.cli.rows import LAMINA, Lamina, WriteRows, chat
 
-Lamina = Callable[..., tuple[int, str, str]]
-WriteRows = Callable[..., Path]
-
-LAMINA = [sys.executable, "-m", "lamina"]
 #: Each command that writes, with its options but the input.
 WRITERS = {
     "convert": ["--out", "out.jsonl"],
@@ -27,12 +22,6 @@ WRITERS = {
     "split": ["--out", "out.jsonl", "--held-out", "held.jsonl", "--count", "2", "--no-near"],
     "check": ["--fix", "--out", "out.jsonl", "--no-near"],
 }
-
-
-def chat(question: str, answer: str, **columns: Any) -> dict[str, Any]:
-    """A row with one question and its answer."""
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"messages": messages, **columns}
 
 
 def read(path: Path) -> list[Any]:

@@ -20,8 +20,10 @@ import typer
 from lamina import __version__
 from lamina.cli import data, recipes, store
 from lamina.cli.chat import chat
+from lamina.cli.doctor import doctor
 from lamina.cli.eval import evaluate
 from lamina.cli.generate import generate
+from lamina.cli.plan import plan
 from lamina.cli.prepare import prepare
 from lamina.cli.quiet import debugging, quiet
 from lamina.cli.terminal import note, show_error
@@ -38,7 +40,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(doctor)
 app.add_typer(recipes.app, name="recipes")
+app.command()(plan)
 app.command()(prepare)
 app.add_typer(store.app, name="store")
 app.add_typer(data.app, name="data")

@@ -1,0 +1,286 @@
+"""What `lamina doctor` measures: the rates that a plan goes by, with the engine's own operations.
+
+Each takes a second or so. The shapes of products on CPU are those of the small models, which are
+what a CPU tunes; on CUDA those of the large ones.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lamina.errors import UsageError
+from lamina.models.common import rms_norm
+from lamina.optim import make_optimizer
+from lamina.plan.cards import CARDS, find_card
+from lamina.plan.hardware import Hardware, described_machine, memory_of_this_machine, processor_name
+from lamina.plan.steptime import UPDATE_BYTES
+from lamina.plan.work import NORM_BYTES
+from lamina.recipe.places import home
+from lamina.store.codec import decode, encode
+from lamina.store.reader import aligned_buffer
+
+__all__ = ["Progress", "measure_disk", "measure_machine"]
+
+#: Told what is being measured.
+Progress = Callable[[str], None]
+
+#: Seconds that each measurement takes at least.
+_SECONDS = 1.0
+_PIECE = 4 << 20
+_THREADS = 4
+
+
+def measure_machine(progress: Progress | None = None) -> Hardware:
+    """This machine's rates, in under a minute.
+
+    Raises:
+        OSError: nothing can be written under lamina's home.
+    """
+    say = progress or (lambda what: None)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    hardware = _described(cuda)
+    say("direct reads")
+    disk = measure_disk(home())
+    if cuda:
+        say("copies to the device")
+        hardware = replace(hardware, bus=_bus(device))
+    say("matrix products")
+    bf16, fp32 = (_matrix(device, dtype) for dtype in (torch.bfloat16, torch.float32))
+    say("products of adapters")
+    lora = _lora(device)
+    say("elementwise work")
+    elementwise = _elementwise(device)
+    say("decoding of NF4 weights")
+    decoded = _decode(device)
+    say("updates of adapters")
+    return replace(
+        hardware,
+        disk=disk,
+        disk_measured=True,
+        bf16=bf16,
+        fp32=fp32,
+        lora=lora,
+        elementwise=elementwise,
+        decode=decoded,
+        host=_update(),
+    )
+
+
+def _described(cuda: bool) -> Hardware:
+    ram = memory_of_this_machine()
+    if not cuda:
+        return replace(described_machine(None, ram=ram), name=processor_name())
+    properties = torch.cuda.get_device_properties(0)
+    try:
+        card = find_card(properties.name)
+    except UsageError:  # then only its power is a guess: everything else is measured
+        card = next(card for card in CARDS if card.name == "RTX 4090")
+    here = described_machine(card, ram=ram, vram=properties.total_memory)
+    return replace(here, name=properties.name)
+
+
+# --- the disk
+
+
+def measure_disk(folder: Path, nbytes: int = 512 << 20) -> float:
+    """Bytes/s of direct reads of a new file in `folder`, several at a time; buffered where the file
+    system refuses direct ones.
+
+    Raises:
+        OSError: the file can't be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    free = os.statvfs(folder)
+    nbytes = min(nbytes, free.f_bavail * free.f_frsize // 4) // _PIECE * _PIECE
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="doctor-", suffix=".tmp") as file:
+        block = torch.randint(256, (_PIECE,), dtype=torch.uint8).numpy().data
+        for _ in range(max(1, nbytes // _PIECE)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return _read_rate(file.name, max(1, nbytes // _PIECE))
+
+
+def _read_rate(name: str, pieces: int) -> float:
+    direct = getattr(os, "O_DIRECT", 0)
+    try:
+        fd = os.open(name, os.O_RDONLY | direct)
+    except OSError:
+        fd = os.open(name, os.O_RDONLY)
+    done, lock, until = 0, threading.Lock(), time.monotonic() + 2 * _SECONDS
+
+    def work() -> None:
+        nonlocal done
+        view = aligned_buffer(_PIECE).numpy().data
+        while time.monotonic() < until:
+            with lock:
+                piece, done = done, done + 1
+            os.preadv(fd, [view], piece % pieces * _PIECE)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(_THREADS)]
+    try:
+        start = time.monotonic()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return done * _PIECE / (time.monotonic() - start)
+    finally:
+        with suppress(OSError):
+            os.close(fd)
+
+
+# --- arithmetic
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The median of a second of repetitions, after one that warms up."""
+    work()
+    times: list[float] = []
+    begin = time.monotonic()
+    while len(times) < 5 or time.monotonic() - begin < _SECONDS:
+        _wait(device)
+        start = time.monotonic()
+        work()
+        _wait(device)
+        times.append(time.monotonic() - start)
+    return statistics.median(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """Rows, and an expert's matrices: `gate_up [2I, H]` and `down [H, I]`."""
+
+    rows: int
+    hidden: int
+    intermediate: int
+
+
+def _shapes(device: torch.device) -> _Shapes:
+    return _Shapes(4096, 5120, 8192) if device.type == "cuda" else _Shapes(1024, 576, 1536)
+
+
+def _randn(*shape: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, device=device).to(dtype)
+
+
+def _matrix(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of an expert's products, in a forward and in a gradient of activations."""
+    s = _shapes(device)
+    x = _randn(s.rows, s.hidden, device=device, dtype=dtype)
+    gate_up = _randn(2 * s.intermediate, s.hidden, device=device, dtype=dtype)
+    h = _randn(s.rows, s.intermediate, device=device, dtype=dtype)
+    down = _randn(s.hidden, s.intermediate, device=device, dtype=dtype)
+    dy = _randn(s.rows, 2 * s.intermediate, device=device, dtype=dtype)
+
+    def work() -> None:
+        F.linear(x, gate_up)
+        F.linear(h, down)
+        torch.mm(dy, gate_up)
+        torch.mm(x, down)
+
+    flops = 2.0 * s.rows * s.hidden * s.intermediate * (2 + 1 + 2 + 1)
+    return flops / _seconds(work, device)
+
+
+def _lora(device: torch.device) -> float:
+    """FLOP/s of the products of an adapter of rank 16 on gate_up: forward, and gradients."""
+    s, r = _shapes(device), 16
+    wide = 2 * s.intermediate
+    x, y = _randn(s.rows, s.hidden, device=device), _randn(s.rows, wide, device=device)
+    a, b = _randn(r, s.hidden, device=device), _randn(wide, r, device=device)
+    dx = torch.zeros_like(x)
+
+    def work() -> None:
+        z = x @ a.T
+        y.addmm_(z, b.T, alpha=1e-6)
+        dz = y @ b
+        dz.T @ x
+        y.T @ z
+        dx.addmm_(dz, a, alpha=1e-6)
+
+    flops = 2.0 * r * s.rows * (3 * s.hidden + 3 * wide)
+    return flops / _seconds(work, device)
+
+
+def _elementwise(device: torch.device) -> float:
+    """Bytes/s, as `work` counts them, of what surrounds an expert's products: the norm before it,
+    and its gates forward and backward."""
+    s = _shapes(device)
+    x, weight = _randn(s.rows, s.hidden, device=device), _randn(s.hidden, device=device)
+    gate_up = _randn(s.rows, 2 * s.intermediate, device=device)
+    gate, up = gate_up.chunk(2, dim=-1)
+    dh, dgate_up = _randn(s.rows, s.intermediate, device=device), torch.empty_like(gate_up)
+    dgate, dup = dgate_up.chunk(2, dim=-1)
+
+    def work() -> None:
+        rms_norm(x, weight, 1e-5)
+        silu = F.silu(gate)
+        h = silu * up
+        (dh * h).sum(-1, dtype=torch.float32)
+        torch.mul(dh, silu, out=dup)
+        torch.ops.aten.silu_backward.grad_input(dh * up, gate, grad_input=dgate)
+
+    # In passes over an intermediate: silu 2, its product 3, the weight's gradient 5, three more
+    # products and silu's gradient 3 each.
+    nbytes = s.rows * (NORM_BYTES * s.hidden + 2 * (2 + 3 + 5 + 3 + 3 + 3) * s.intermediate)
+    return nbytes / _seconds(work, device)
+
+
+def _decode(device: torch.device) -> float:
+    """Weights/s from NF4 to bf16, into memory used before."""
+    s = _shapes(device)
+    shape = (2 * s.intermediate, s.hidden)
+    out = torch.empty(shape, dtype=torch.bfloat16, device=device)
+    pieces = {suffix: t.to(device) for suffix, t in encode(torch.randn(shape), "nf4").items()}
+    taken = _seconds(lambda: decode(pieces, shape, "nf4", torch.bfloat16, out), device)
+    return out.numel() / taken
+
+
+def _bus(device: torch.device) -> float:
+    """Bytes/s from pinned memory to the device."""
+    there = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=True)
+    here = torch.empty_like(there, device=device)
+    return there.numel() / _seconds(lambda: here.copy_(there, non_blocking=True), device)
+
+
+def _update() -> float:
+    """Bytes/s, as a plan counts them, of an update of adapters in the host's memory."""
+    count = 2 << 20
+    parameter = nn.Parameter(torch.zeros(count))
+    parameter.grad = torch.randn(count)
+    optimizer = make_optimizer(
+        [parameter],
+        optim="adamw_8bit",
+        learning_rate=1e-4,
+        betas=(0.9, 0.999),
+        epsilon=1e-8,
+        weight_decay=0.0,
+    )
+
+    def work() -> None:
+        assert parameter.grad is not None
+        parameter.grad.norm()
+        parameter.grad.mul_(0.999)
+        optimizer.step()
+
+    return UPDATE_BYTES["adamw_8bit"] * count / _seconds(work, torch.device("cpu"))

@@ -223,6 +223,8 @@ KEYS = [
     "max_length",
     "seed",
     "group_tokens",
+    "float8_boundaries",
+    "logits",
     "ring",
     "cache",
     "resident",

@@ -56,7 +56,7 @@ def test_a_run_learns_and_says_so(recipe: Recipe, chats: Path, tmp_path: Path) -
     assert evaluate(run.path, [chats], adapter=False).loss == pytest.approx(before, rel=1e-6)
 
 
-@pytest.mark.parametrize("optim", ["adamw_8bit", "adamw"])
+@pytest.mark.parametrize("optim", ["adamw_8bit", "adamw_4bit", "adamw"])
 def test_two_runs_with_one_seed_are_equal_byte_for_byte(
     recipe: Recipe, optim: str, chats: Path, tmp_path: Path
 ) -> None:

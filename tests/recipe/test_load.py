@@ -144,7 +144,7 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
         "`r` (mine.yaml, line 4) is 1.5: must be a whole number",
         "`use_rslora` (override) is 'yes': must be true or false",
         "`target_modules` (override) is []: names no module, so there would be nothing to train",
-        "`optim` (override) is adam: must be adamw_8bit or adamw; did you mean adamw?",
+        "`optim` (override) is adam: must be adamw_8bit, adamw_4bit or adamw; did you mean adamw?",
         "`ring` (mine.yaml, line 7) is 12 parsecs: must be a size such as 512MiB, 4GB or 25%",
         "`tokens_per_step` is 16384, which can't hold one sequence of `max_length` 99999",
     ]

@@ -184,6 +184,23 @@ def test_experts_without_tokens_are_skipped_and_not_read(store: Store) -> None:
             stream.take(block.experts[1])
 
 
+def test_skipped_occurrences_are_not_read(store: Store) -> None:
+    block = store.block("layers.0.moe")
+    size, idle = block.experts[0].nbytes, block.experts[1:3]
+    with Stream(store, ring_bytes=size, threads=1) as stream:
+        stream.schedule([*block.experts, *reversed(block.experts), *block.experts])
+        stream.skip(idle, times=2)
+        for unit in (block.experts[0], *block.experts[3:]):
+            stream.take(unit).release()
+        for unit in (*reversed(block.experts[3:]), block.experts[0]):
+            stream.take(unit).release()
+        assert stream.stats.bytes_read <= (2 * (len(block.experts) - 2) + 1) * size
+        for unit in block.experts:  # the third occurrences stay
+            stream.take(unit).release()
+        with pytest.raises(ValueError, match="isn't scheduled"):
+            stream.take(block.experts[1])
+
+
 def test_skipping_while_reads_are_under_way(store: Store) -> None:
     units = palindrome(store) * 3
     rng = random.Random(5)

@@ -56,6 +56,7 @@ class Engine:
             sequence goes alone).
         logits_bytes: how much memory the head's logits may take.
         router_aux_loss_coef: weight of the auxiliary loss (families that have one).
+        float8_boundaries: whether the blocks' inputs are kept as float8.
         on_block: called between blocks; what it raises leaves the step.
     """
 
@@ -69,6 +70,7 @@ class Engine:
         group_tokens: int = 4096,
         logits_bytes: int = 256 << 20,
         router_aux_loss_coef: float = 0.0,
+        float8_boundaries: bool = False,
         on_block: Callable[[], None] | None = None,
     ):
         self.family = family
@@ -81,7 +83,7 @@ class Engine:
         self._on_block = on_block
         self.runner = BlockRunner(family, source, adapter, group_tokens)
         self._embed, *self._body, self._head = family.blocks
-        self._boundaries = Boundaries(len(self._body), self.device)
+        self._boundaries = Boundaries(len(self._body), self.device, float8=float8_boundaries)
 
     # --- the step
 

@@ -38,7 +38,8 @@ def resident(store: Store, dtype: torch.dtype, device: torch.device) -> Resident
 class StreamedSource:
     """Weights streamed from a store in the order of the step: every unit once forward, once back.
 
-    The embedding and the head stay in memory. Experts that no token is routed to are passed over.
+    The embedding and the head stay in memory. Experts that no token of the walk is routed to are
+    skipped as soon as that is known.
     """
 
     def __init__(self, store: Store, stream: Stream, dtype: torch.dtype, device: torch.device):
@@ -61,7 +62,8 @@ class StreamedSource:
                     for name, tensor in loaded.tensors(dtype).items()
                 }
         self._announced: Walk | None = None
-
+        self._walk: Walk = "forward"
+        self._routed: set[str] = set()
         stream.take_stats()
 
     @property
@@ -72,7 +74,14 @@ class StreamedSource:
         return self.stream.take_stats()
 
     def routed(self, block: Block, experts: Sequence[int]) -> None:
-        """Nothing to do: taking an expert passes over those before it."""
+        """The others aren't read, now and in the walk's way back, as far as they haven't been."""
+        if block.name in self._routed:
+            return
+        self._routed.add(block.name)
+        wanted = set(experts)
+        idle = [unit for e, unit in enumerate(self._blocks[block.name].experts) if e not in wanted]
+        if idle:
+            self.stream.skip(idle, times=2 if self._walk == "step" else 1)
 
     def _forward_order(self) -> Iterator[Unit]:
         for block in self._body:
@@ -90,6 +99,8 @@ class StreamedSource:
         else:
             assert walk == self._announced, f"{self._announced} was announced, {walk} begins"
         self._announced = then
+        self._walk = walk
+        self._routed.clear()
         if then is not None:
             self._schedule(then)
 

@@ -114,13 +114,22 @@ class Adapter:
 
     Args:
         seed: draws the `a` factors (PEFT's Kaiming-uniform initialization); every `b` is zero.
+        device: where the parameters are, with their gradients and optimizer states.
+        experts_device: where those of routed experts are, if elsewhere: in host memory they are
+            copied to the device with their expert, and their gradients back.
 
     Raises:
         RecipeError: a target matches nothing in the model.
     """
 
     def __init__(
-        self, family: Family, settings: LoraSettings, *, seed: int, device: torch.device | str
+        self,
+        family: Family,
+        settings: LoraSettings,
+        *,
+        seed: int,
+        device: torch.device | str,
+        experts_device: torch.device | str | None = None,
     ):
         self.settings = settings
         self.family = family
@@ -132,7 +141,8 @@ class Adapter:
             a = torch.empty(*stack, settings.r, in_)
             a.uniform_(-1 / math.sqrt(in_), 1 / math.sqrt(in_), generator=generator)
             b = torch.zeros(*stack, out, settings.r)
-            return Factors(nn.Parameter(a.to(device)), nn.Parameter(b.to(device)))
+            place = (experts_device or device) if stack else device
+            return Factors(nn.Parameter(a.to(place)), nn.Parameter(b.to(place)))
 
         for block in family.blocks:
             adapter = BlockAdapter()

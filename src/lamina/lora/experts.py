@@ -38,24 +38,27 @@ Take = Callable[[int], AbstractContextManager[ExpertWeights]]
 @dataclass(frozen=True)
 class StackedPair:
     """The adapters of one projection of all experts: `a [E, R, in]`, `b [E, out, R]`, with
-    gradients of the same shapes that a backward adds to."""
+    gradients of the same shapes that a backward adds to. They may be on another device than the
+    experts' tokens."""
 
     a: Tensor
     b: Tensor
     scaling: float
     dropout: float = 0.0
 
-    def pair(self, expert: int, seed: int) -> Pair:
+    def pair(self, expert: int, seed: int, device: torch.device) -> Pair:
+        """One expert's adapter, on `device`."""
         dropout = Dropout(self.dropout, seed + expert) if self.dropout else None
-        return Pair(self.a[expert], self.b[expert], self.scaling, dropout)
+        a, b = self.a[expert].to(device), self.b[expert].to(device)
+        return Pair(a, b, self.scaling, dropout)
 
     def accumulate(self, expert: int, da: Tensor, db: Tensor) -> None:
         if self.a.grad is None:
             self.a.grad = torch.zeros_like(self.a)
         if self.b.grad is None:
             self.b.grad = torch.zeros_like(self.b)
-        self.a.grad[expert] += da
-        self.b.grad[expert] += db
+        self.a.grad[expert] += da.to(self.a.grad.device)
+        self.b.grad[expert] += db.to(self.b.grad.device)
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,11 @@ class ExpertsLora:
     down: StackedPair | None = None
     seed: int = 0
 
-    def pairs(self, expert: int) -> tuple[Pair | None, Pair | None]:
+    def pairs(self, expert: int, device: torch.device) -> tuple[Pair | None, Pair | None]:
         # Two seeds an expert, so that the masks of its two projections are independent.
         return (
-            self.gate_up.pair(expert, 2 * self.seed) if self.gate_up else None,
-            self.down.pair(expert, 2 * self.seed + 1_000_003) if self.down else None,
+            self.gate_up.pair(expert, 2 * self.seed, device) if self.gate_up else None,
+            self.down.pair(expert, 2 * self.seed + 1_000_003, device) if self.down else None,
         )
 
 
@@ -178,7 +181,7 @@ def experts_forward(
     """
     weights_TK = weights_TK.to(x_TH.dtype)
     for expert, where in dispatch.ranges.items():
-        pairs = lora.pairs(expert)
+        pairs = lora.pairs(expert, x_TH.device)
         with take(expert) as weights:
             for number, part in enumerate(_parts(where, most_rows)):
                 token_P, slot_P = dispatch.token_P[part], dispatch.slot_P[part]
@@ -219,7 +222,7 @@ def experts_backward(
     weights_TK = weights_TK.to(x_TH.dtype)
     for expert in reversed(dispatch.ranges):
         with take(expert) as weights:
-            pairs = lora.pairs(expert)
+            pairs = lora.pairs(expert, x_TH.device)
             for number, part in enumerate(_parts(dispatch.ranges[expert], most_rows)):
                 token_P, slot_P = dispatch.token_P[part], dispatch.slot_P[part]
                 x_PH, dy_PH = _gathered(x_TH, token_P), _gathered(dout_TH, token_P)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from lamina.errors import LaminaError
 from lamina.store.codec import import_bitsandbytes
 
-Optim = Literal["adamw_8bit", "adamw"]
+Optim = Literal["adamw_8bit", "adamw_4bit", "adamw"]
 SchedulerType = Literal["cosine", "linear", "constant"]
 
 
@@ -27,14 +27,19 @@ def make_optimizer(
     epsilon: float,
     weight_decay: float,
 ) -> Optimizer:
-    """AdamW with 8-bit states (arXiv 2110.02861, bitsandbytes; tensors under 4,096 elements keep
-    fp32 states) or with fp32 states.
+    """AdamW with 8-bit states (arXiv 2110.02861, bitsandbytes), with 4-bit states (arXiv
+    2309.01507, torchao) or with fp32 states. Tensors under 4,096 elements keep fp32 states in any
+    case.
 
     Raises:
-        LaminaError: 8-bit states are asked for and bitsandbytes can't be imported.
+        LaminaError: the library for quantized states can't be imported.
     """
     if optim == "adamw":
         return torch.optim.AdamW(
+            parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay
+        )
+    if optim == "adamw_4bit":
+        return _adamw_4bit(
             parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay
         )
     bitsandbytes = import_bitsandbytes()
@@ -46,6 +51,27 @@ def make_optimizer(
     optimizer: Optimizer = bitsandbytes.optim.AdamW8bit(
         parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay
     )
+    return optimizer
+
+
+def _adamw_4bit(parameters: Sequence[nn.Parameter], **settings: Any) -> Optimizer:
+    try:
+        from torchao.optim import AdamW4bit
+    except ImportError as error:
+        raise LaminaError(
+            "optim=adamw_4bit needs torchao, which can't be imported",
+            hint="Install torchao, or set optim=adamw_8bit.",
+        ) from error
+
+    class EagerAdamW4bit(AdamW4bit):  # type: ignore[misc]
+        """torchao compiles its update for each shape of a parameter: minutes, and a C++ compiler
+        that a user may not have, for what takes a percent of a step."""
+
+        def step(self, closure: Callable[[], float] | None = None) -> Any:
+            with torch.compiler.set_stance("force_eager"):
+                return super().step(closure)
+
+    optimizer: Optimizer = EagerAdamW4bit(parameters, **settings)
     return optimizer
 
 

@@ -214,9 +214,9 @@ class Recipe(BaseModel):
         default=0.0,
         description="AdamW's decoupled weight decay.",
     )
-    optim: Literal["adamw_8bit", "adamw"] = Field(
+    optim: Literal["adamw_8bit", "adamw_4bit", "adamw"] = Field(
         default="adamw_8bit",
-        description="AdamW with states in 8 bits, or in float32.",
+        description="AdamW with states in 8 or 4 bits, or in float32.",
     )
     adam_beta1: Fraction = Field(
         default=0.9,
@@ -268,8 +268,8 @@ class Recipe(BaseModel):
     )
     float8_boundaries: bool = Field(
         default=False,
-        description="Keep the blocks' inputs as 8-bit floats from the forward to the backward: half "
-        "the memory, gradients a few percent off.",
+        description="Keep the blocks' inputs as 8-bit floats from the forward to the backward: "
+        "half the memory, gradients a few percent off.",
     )
     logits: Size = Field(
         default="256MiB",

@@ -306,6 +306,24 @@ class Stream:
             assert slot.buffer is not None
             return Loaded(self, slot, slot.buffer)
 
+    def skip(self, units: Iterable[Unit], times: int = 1) -> None:
+        """Forgets the next `times` scheduled occurrences of each unit: they won't be taken, and what
+        isn't being read of them never is."""
+        with self._changed:
+            left = {unit: min(times, self._counts[unit]) for unit in units}
+            for queue in (self._ahead, self._pending):
+                kept = []
+                for slot in queue:
+                    if left.get(slot.unit):
+                        left[slot.unit] -= 1
+                        self._counts[slot.unit] -= 1
+                        self._drop(slot)
+                    else:
+                        kept.append(slot)
+                queue.clear()
+                queue.extend(kept)
+            self._pump()
+
     def clear(self) -> None:
         """Forgets what is scheduled and not taken."""
         with self._changed:

@@ -37,7 +37,7 @@ class ForeignTemplate:
     name = "tokenizer"
 
     def __init__(self, source: str, special_tokens: dict[str, Any]):
-        environment = ImmutableSandboxedEnvironment(
+        environment = _Environment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
         )
         environment.filters["tojson"] = _to_json
@@ -45,6 +45,8 @@ class ForeignTemplate:
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
+            # Copied at each rendering, which the chain of dicts that they are makes slow.
+            self._template.globals = dict(self._template.globals)
             variables = meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as error:
             raise DataError(
@@ -180,6 +182,18 @@ def _to_dict(message: Message) -> dict[str, Any]:
     if message.name is not None:
         result["name"] = message.name
     return result
+
+
+_DICT_ATTRIBUTES = frozenset(dir(dict))
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, with a short way to what templates ask for most: `message.role`."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if type(obj) is dict and attribute in obj and attribute not in _DICT_ATTRIBUTES:
+            return obj[attribute]
+        return super().getattr(obj, attribute)
 
 
 class _GenerationTag(Extension):

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lamina.errors import CheckpointError
-from lamina.store import convert
+from lamina.store import jobs
 from lamina.store.codec import CODECS, decode, encode
 from lamina.store.layout import MANIFEST
 from lamina.store.reader import verify
@@ -92,7 +92,7 @@ def test_unused_tensors_and_small_files_go_along(
     left = ("modeling.py", "pytorch_model.bin", "other.safetensors", "notes.pt", "store.json")
     for name in (*kept, *left):
         (sample.path / name).write_text(name)
-    monkeypatch.setattr(convert, "_EXTRA_BYTES", 100)
+    monkeypatch.setattr(jobs, "_EXTRA_BYTES", 100)
     store = sample.prepare(tmp_path / "store")
     assert len(store.extra) == 3
     found = {}

@@ -34,8 +34,19 @@ def prepare(
             help="Where to put it. Otherwise in $LAMINA_HOME or ~/.cache/lamina.",
         ),
     ] = None,
+    discard_source: Annotated[
+        bool,
+        typer.Option(
+            "--discard-source",
+            help="Delete each file downloaded from the hub as soon as it is in the store: the disk "
+            "holds the store and one file.",
+        ),
+    ] = False,
 ) -> None:
     """Turn a checkpoint into a store that tuning streams from. Goes on where it was interrupted.
+
+    A model on the hub is downloaded and converted one file at a time. Weights may be bf16, fp16,
+    fp32, FP8 with scales, or NF4 by bitsandbytes, whose codes are kept.
 
     Prints the store's folder.
     """
@@ -56,5 +67,7 @@ def prepare(
     from lamina.engine.prepare import prepare as run_prepare
 
     with byte_progress(f"preparing {model}") as progress:
-        prepared = run_prepare(model, codec=codec, store=store, progress=progress)
+        prepared = run_prepare(
+            model, codec=codec, store=store, discard_source=discard_source, progress=progress
+        )
     sys.stdout.write(f"{prepared.path}\n")

@@ -6,44 +6,92 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lamina.errors import CheckpointError, StoreError
 from lamina.models import load_family
 from lamina.models.mini import MINI_MODEL_TYPES, MINI_NAMES, ensure_mini, mini_path
 from lamina.recipe.places import store_folder
 from lamina.recipe.schema import Recipe
-from lamina.store.convert import prepare as convert
+from lamina.store.checkpoint import Checkpoint
+from lamina.store.convert import convert
 from lamina.store.layout import MANIFEST, Store
+
+if TYPE_CHECKING:
+    from lamina.store.hub import Hub
 
 #: Bytes done, bytes in all, and what is being done.
 Progress = Callable[[int, int, str], None]
 
-#: What of a hub's repository a store needs.
-_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "USE_POLICY*"]
-
 
 def prepare(
-    model: str, *, codec: str = "nf4", store: Path | None = None, progress: Progress | None = None
+    model: str,
+    *,
+    codec: str = "nf4",
+    store: Path | None = None,
+    discard_source: bool = False,
+    progress: Progress | None = None,
 ) -> Store:
     """Convert a model to a store, or open the store if that has been done. An interrupted
     preparation goes on where it ended.
+
+    A model on the hub is downloaded and converted one file at a time.
 
     Args:
         model: a folder with a checkpoint, a hub name, `mini-mixtral` or `mini-maverick`.
         codec: `nf4`, `int8` or `bf16`.
         store: its folder; None for the default place.
+        discard_source: delete each downloaded file as soon as all that it holds is in the store,
+            so that the disk never holds more than the store and one file.
 
     Raises:
-        CheckpointError: the checkpoint can't be found or converted.
+        CheckpointError: the checkpoint can't be found, downloaded or converted.
         StoreError: the folder can't take the store, or holds another.
     """
     out = store_folder(model, codec, store)
-    checkpoint = _checkpoint(model, progress)
-    config = _read_config(checkpoint)
+    if discard_source and (model in MINI_NAMES or Path(model).expanduser().is_dir()):
+        raise CheckpointError(
+            f"{model} isn't downloaded from the hub, so no source is discarded",
+            hint="Leave out --discard-source.",
+        )
+    here = _local_checkpoint(model, progress)
+    if here is not None:
+        return _convert(Checkpoint.open(here), here, out, codec, progress)
+    return _prepare_from_hub(model, codec, out, discard_source, progress)
+
+
+def _prepare_from_hub(
+    model: str, codec: str, out: Path, discard: bool, progress: Progress | None
+) -> Store:
+    from lamina.store.hub import Hub, cached_checkpoint, finished_store
+
+    if (store := finished_store(model, out, codec)) is not None:
+        return store
+    try:
+        hub = Hub(model, out, discard=discard)
+    except CheckpointError:
+        # Without a connection, what was downloaded before will do.
+        if (here := cached_checkpoint(model, out)) is None:
+            raise
+        return _convert(Checkpoint.open(here), here, out, codec, progress)
+    load_family(_read_config(hub.folder))  # before any header: an unknown family is out
+    store = _convert(hub.checkpoint(), hub.folder, out, codec, progress, hub)
+    hub.close()
+    return store
+
+
+def _convert(
+    source: Checkpoint,
+    folder: Path,
+    out: Path,
+    codec: str,
+    progress: Progress | None,
+    hub: Hub | None = None,
+) -> Store:
+    config = _read_config(folder)
     family = load_family(config)
     return convert(
-        checkpoint,
+        source,
         out,
         model_type=config["model_type"],
         config=config,
@@ -51,6 +99,8 @@ def prepare(
         codec=codec,
         prefixes=family.checkpoint_prefixes,
         progress=progress,
+        supplier=hub,
+        origin=hub.origin if hub is not None else None,
     )
 
 
@@ -74,6 +124,16 @@ def open_store(recipe: Recipe, progress: Progress | None = None) -> Store:
     return store
 
 
+#: What a config says that doesn't make another model.
+_NO_DIFFERENCE = (
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "_name_or_path",
+    "quantization_config",
+)
+
+
 def _check_same(recipe: Recipe, store: Store) -> None:
     problems = []
     if store.codec != recipe.codec:
@@ -88,8 +148,7 @@ def _check_same(recipe: Recipe, store: Store) -> None:
             f"it holds a model with {key} {_short(store.config.get(key))}; "
             f"{recipe.model} has {_short(theirs.get(key))}"
             for key in keys
-            if key not in ("transformers_version", "dtype", "torch_dtype", "_name_or_path")
-            and theirs.get(key) != store.config.get(key)
+            if key not in _NO_DIFFERENCE and theirs.get(key) != store.config.get(key)
         ]
     if problems:
         raise StoreError(
@@ -117,7 +176,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _checkpoint(model: str, progress: Progress | None) -> Path:
+def _local_checkpoint(model: str, progress: Progress | None) -> Path | None:
+    """The folder of a model that is here, or None if it must be on the hub.
+
+    Raises:
+        CheckpointError: it can't be there either.
+    """
     if model in MINI_NAMES:
         return ensure_mini(model, progress=_named(progress, f"building {model}"))
     folder = Path(model).expanduser()
@@ -129,34 +193,11 @@ def _checkpoint(model: str, progress: Progress | None) -> Path:
             hint="Give a folder with a checkpoint, a name like owner/model, or one of "
             f"{', '.join(MINI_NAMES)}.",
         )
-    return _download(model)
+    return None
 
 
 def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
     return None if progress is None else lambda done, total: progress(done, total, what)
-
-
-def _download(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=_PATTERNS))
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"{model} is gated: its owner gives it only to those who accept its licence",
-            hint="Accept it on the model's page, then set HF_TOKEN or run hf auth login.",
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"the hub has no model {model}, or you may not see it",
-            hint="Check the name; for a private model set HF_TOKEN.",
-        ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{model} can't be downloaded: {error}",
-            hint="Run the same command again: files that are there aren't downloaded twice.",
-        ) from error
 
 
 def _read_config(checkpoint: Path) -> dict[str, Any]:

@@ -2,21 +2,20 @@
 
 Files are read with plain `pread` and their pages given back at once: mapping them would count every
 page read as memory of this process. Nothing is read beyond the headers until it is asked for, and
-everything is asked for by file, so that files can come and go one at a time.
+everything is asked for by file, so that files can come and go one at a time (`moved` says where a
+tensor is whose file had to go).
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
@@ -24,50 +23,66 @@ from torch import Tensor
 
 from lamina.errors import CheckpointError
 from lamina.models.spec import Part, Sources
+from lamina.store.codec import NF4_BLOCK, decode
+from lamina.store.headers import (
+    FLOATS,
+    INDEX,
+    Header,
+    SourceTensor,
+    read_on_disk,
+    weight_files,
+)
+from lamina.store.quantized import (
+    Fp8,
+    Nf4,
+    Scheme,
+    decode_fp8,
+    decode_scales,
+    scheme_of,
+    unstacked,
+)
 
-__all__ = ["Checkpoint", "Rows", "SourceTensor", "resolve"]
+__all__ = ["Checkpoint", "Rows", "resolve"]
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-_HEADER_LIMIT = 100 << 20
 _COPY_BYTES = 16 << 20
 #: Rows are handed out in chunks of about so many elements.
 _CHUNK_ELEMENTS = 16 << 20
 
-#: What can be converted; anything else can only be carried along.
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
-
-@dataclass(frozen=True, slots=True)
-class SourceTensor:
-    """A tensor of a checkpoint, and where its bytes lie."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    offset: int
-    nbytes: int
-
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows of a matrix: a tensor of the checkpoint, or its slice `index`, perhaps transposed."""
+    """Rows of a matrix: a tensor of the checkpoint, or its slice `index`, perhaps transposed, and
+    how it is quantized, if it is."""
 
     tensor: SourceTensor
     index: int | None
     transpose: bool
+    scheme: Scheme | None = None
+
+    @property
+    def held_shape(self) -> tuple[int, ...]:
+        """As the checkpoint holds it, after slicing."""
+        if isinstance(self.scheme, Nf4):
+            return self.scheme.shape
+        return self.tensor.shape if self.index is None else self.tensor.shape[1:]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """As part of the matrix: after slicing and transposing."""
-        shape = self.tensor.shape if self.index is None else self.tensor.shape[1:]
-        return shape[::-1] if self.transpose else shape
+        return self.held_shape[::-1] if self.transpose else self.held_shape
 
     @property
-    def item_bytes(self) -> int:
-        """The bytes of a weight in the checkpoint."""
-        return _DTYPES[self.tensor.dtype].itemsize
+    def work_bytes(self) -> int:
+        """About what reading it takes: all of it if it is transposed, else a chunk; quantized
+        weights are widened to fp32 on the way to bf16."""
+        n = math.prod(self.shape)
+        n = n if self.transpose else min(n, _CHUNK_ELEMENTS)
+        return n * (4 if self.scheme is None else 8)
+
+    @property
+    def tensors(self) -> tuple[SourceTensor, ...]:
+        """All tensors of the checkpoint that must be read for it."""
+        return (self.tensor, *(self.scheme.beside if self.scheme is not None else ()))
 
     def __str__(self) -> str:
         return self.tensor.name if self.index is None else f"{self.tensor.name}[{self.index}]"
@@ -77,14 +92,20 @@ class Checkpoint:
     """An opened checkpoint: the headers of all its files.
 
     Args:
+        files: in the order in which they are read where they come one at a time.
         tensors: by name.
         identity: stands for the contents: names, shapes and a sample of each file's bytes.
     """
 
-    def __init__(self, path: Path, tensors: dict[str, SourceTensor], identity: str):
+    def __init__(
+        self, path: Path, files: Sequence[Path], tensors: dict[str, SourceTensor], identity: str
+    ):
         self.path = path
+        self.files = tuple(files)
         self.tensors = tensors
         self.identity = identity
+        #: Tensors that were set aside, each in a file of its own.
+        self.moved: dict[str, Path] = {}
         self._local = threading.local()  # each thread reads into memory of its own
 
     @staticmethod
@@ -95,13 +116,28 @@ class Checkpoint:
             CheckpointError: there is none, or its files are missing, truncated or no safetensors;
                 all problems are listed.
         """
-        files, names = _weight_files(path)
+        files, names = weight_files(path)
+        return Checkpoint.read(path, files, names, read_on_disk)
+
+    @staticmethod
+    def read(
+        path: Path, files: Sequence[Path], names: Iterable[str], headers: Callable[[Path], Header]
+    ) -> Checkpoint:
+        """The checkpoint made of `files`.
+
+        Args:
+            names: the tensors that must be in them, as far as an index says so.
+            headers: reads the header of a file. A ValueError of it is the end of a sentence.
+
+        Raises:
+            CheckpointError: files can't be read; all problems are listed.
+        """
         tensors: dict[str, SourceTensor] = {}
         problems = []
         identity = xxhash.xxh3_128()
         for file in files:
             try:
-                found = _read_header(file)
+                found, sample = headers(file)
             except OSError as error:
                 problems.append(f"{file.name} can't be read: {error.strerror or error}.")
             except ValueError as error:
@@ -110,8 +146,8 @@ class Checkpoint:
                 for tensor in found:
                     tensors[tensor.name] = tensor
                     identity.update(repr((tensor.name, tensor.dtype, tensor.shape)).encode())
-                identity.update(_sample(file))
-        if not problems and (lost := names - tensors.keys()):
+                identity.update(sample)
+        if not problems and (lost := set(names) - tensors.keys()):
             problems = [f"{name} is in {INDEX}, but in no file." for name in sorted(lost)[:100]]
         if problems:
             raise CheckpointError(
@@ -119,35 +155,110 @@ class Checkpoint:
                 hint="Download the named files again.",
                 problems=problems,
             )
-        return Checkpoint(path, tensors, identity.hexdigest())
+        return Checkpoint(path, files, tensors, identity.hexdigest())
 
     def rows(self, rows: Rows) -> Iterator[Tensor]:
         """The rows in order, a chunk at a time (transposed ones all at once), in the source's dtype
-        and perhaps not contiguous. A chunk is valid until this thread asks for the next."""
-        tensor = rows.tensor
-        shape = tensor.shape if rows.index is None else tensor.shape[1:]
-        dtype = _DTYPES[tensor.dtype]
-        slice_bytes = math.prod(shape) * dtype.itemsize
-        offset = tensor.offset + (rows.index or 0) * slice_bytes
-        columns = math.prod(rows.shape[1:])
-        step = max(1, _CHUNK_ELEMENTS // max(1, columns))
-        with _reading(tensor.file) as fd:
-            if rows.transpose:
+        (in bf16 if they are quantized) and perhaps not contiguous. A chunk is valid until this
+        thread asks for the next.
+
+        Raises:
+            CheckpointError: the file can't be read, or what is beside quantized weights is wrong.
+        """
+        if isinstance(rows.scheme, Nf4):
+            return self._decoded(rows)
+        return self._float_rows(rows)
+
+    def _float_rows(self, rows: Rows) -> Iterator[Tensor]:
+        dtype = FLOATS.get(rows.tensor.dtype, torch.float8_e4m3fn)
+        shape = rows.held_shape
+        scale = None
+        if isinstance(rows.scheme, Fp8):
+            scale = self._small(rows.scheme.scale).float()
+        offset = (rows.index or 0) * math.prod(shape) * dtype.itemsize
+        columns = math.prod(shape[1:])
+        step = shape[0] if rows.transpose else max(1, _CHUNK_ELEMENTS // max(1, columns))
+        with self._reading(rows.tensor) as (fd, base):
+            for start in range(0, shape[0], max(1, step)):
+                count = min(step, shape[0] - start)
+                at = base + offset + start * columns * dtype.itemsize
+                chunk = self._read(fd, at, count * columns * dtype.itemsize)
+                chunk = chunk.view(dtype).view(count, *shape[1:])
+                if scale is not None:
+                    chunk = decode_fp8(chunk, scale, start)
                 # Whole: torch transposes a whole matrix 10 times as fast as a part of one.
-                yield self._read(fd, offset, slice_bytes).view(dtype).view(shape).t()
-                return
-            for start in range(0, rows.shape[0], step):
-                count = min(step, rows.shape[0] - start)
-                nbytes = count * columns * dtype.itemsize
-                chunk = self._read(fd, offset + start * columns * dtype.itemsize, nbytes)
-                yield chunk.view(dtype).view(count, *rows.shape[1:])
+                yield chunk.t() if rows.transpose else chunk
+
+    def _decoded(self, rows: Rows) -> Iterator[Tensor]:
+        codes, absmax = self.kept(rows)
+        n, columns = math.prod(rows.held_shape), rows.held_shape[1]
+        if rows.transpose:
+            pieces = {"": codes, ".absmax": absmax}
+            yield decode(pieces, rows.held_shape, "nf4", torch.bfloat16).t()
+            return
+        step = NF4_BLOCK * max(1, _CHUNK_ELEMENTS // (NF4_BLOCK * columns)) * columns
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            pieces = {
+                "": codes[start // 2 : -(-stop // 2)],
+                ".absmax": absmax[start // NF4_BLOCK : -(-stop // NF4_BLOCK)],
+            }
+            yield decode(pieces, ((stop - start) // columns, columns), "nf4", torch.bfloat16)
+
+    def kept(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The codes `[N / 2]` of NF4 rows as they are, and their fp32 scales `[N / 64]`.
+
+        Raises:
+            CheckpointError: the file can't be read, or holds something else than NF4.
+        """
+        assert isinstance(rows.scheme, Nf4)
+        n = math.prod(rows.held_shape)
+        first = (rows.index or 0) * n
+        with self._reading(rows.tensor) as (fd, base):
+            codes = self._read(fd, base + first // 2, -(-n // 2)).clone()
+        absmax = self._part(rows.scheme.beside[0], first // NF4_BLOCK, -(-n // NF4_BLOCK))
+        try:
+            scales = decode_scales(
+                rows.tensor.name, rows.scheme, self._small, absmax, first // NF4_BLOCK
+            )
+        except ValueError as error:
+            raise CheckpointError(f"{rows.tensor.name} of {self.path} {error}.") from error
+        return codes, scales
+
+    def _small(self, tensor: SourceTensor) -> Tensor:
+        """All of a tensor, flat, in memory of its own."""
+        return self._part(tensor, 0, math.prod(tensor.shape))
+
+    def _part(self, tensor: SourceTensor, start: int, count: int) -> Tensor:
+        dtype = FLOATS.get(tensor.dtype, torch.uint8)
+        with self._reading(tensor) as (fd, base):
+            raw = self._read(fd, base + start * dtype.itemsize, count * dtype.itemsize)
+            return raw.clone().view(dtype)
 
     def copy(self, tensor: SourceTensor) -> Iterator[memoryview]:
         """The bytes of a tensor, a few megabytes at a time, each valid until the next."""
-        with _reading(tensor.file) as fd:
+        with self._reading(tensor) as (fd, base):
             for start in range(0, tensor.nbytes, _COPY_BYTES):
                 nbytes = min(_COPY_BYTES, tensor.nbytes - start)
-                yield self._read(fd, tensor.offset + start, nbytes).numpy().data
+                yield self._read(fd, base + start, nbytes).numpy().data
+
+    @contextmanager
+    def _reading(self, tensor: SourceTensor) -> Iterator[tuple[int, int]]:
+        """The open file in which a tensor lies, and where it starts there. Raises CheckpointError
+        for what goes wrong with it."""
+        file = self.moved.get(tensor.name, tensor.file)
+        fd = -1
+        try:
+            fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            yield fd, 0 if tensor.name in self.moved else tensor.offset
+        except OSError as error:
+            raise CheckpointError(
+                f"{file} can't be read: {error.strerror or error}.",
+                hint="Download it again and run the same command: it goes on from here.",
+            ) from error
+        finally:
+            if fd >= 0:
+                os.close(fd)
 
     def _read(self, fd: int, offset: int, nbytes: int) -> Tensor:
         scratch: Tensor | None = getattr(self._local, "scratch", None)
@@ -166,23 +277,6 @@ class Checkpoint:
         return buffer
 
 
-@contextmanager
-def _reading(file: Path) -> Iterator[int]:
-    """The open file. Raises CheckpointError for what goes wrong with it."""
-    fd = -1
-    try:
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        yield fd
-    except OSError as error:
-        raise CheckpointError(
-            f"{file} can't be read: {error.strerror or error}.",
-            hint="Download it again and run the same command: it goes on from here.",
-        ) from error
-    finally:
-        if fd >= 0:
-            os.close(fd)
-
-
 # Finding what a model needs
 
 
@@ -197,31 +291,36 @@ def resolve(
     Args:
         prefixes: what may stand before a key in this checkpoint, in order of preference.
     """
-    for parts in sources:
-        found = [_find(checkpoint, part, prefixes) for part in parts]
-        rows = tuple(row for row in found if row is not None)
-        if len(rows) == len(parts):
-            return _misfit(rows, parts, shape) or rows
+    for parts in (*sources, *map(unstacked, sources)):
+        found = [(_find(checkpoint, part, prefixes), part) for part in parts]
+        tensors = [(tensor, part) for tensor, part in found if tensor is not None]
+        if len(tensors) < len(parts):
+            continue
+        rows = []
+        for tensor, part in tensors:
+            scheme = scheme_of(checkpoint.tensors, tensor, part, shape)
+            if isinstance(scheme, str):
+                return scheme
+            rows.append(Rows(tensor, part.index, part.transpose, scheme))
+        return _misfit(rows, parts, shape) or tuple(rows)
     missing = [part.key for part in sources[0] if _find(checkpoint, part, prefixes) is None]
     others = "".join(f" (or {' and '.join(p.key for p in parts)})" for parts in sources[1:])
     return f"missing: {', '.join(missing)}{others}."
 
 
-def _find(checkpoint: Checkpoint, part: Part, prefixes: Sequence[str]) -> Rows | None:
+def _find(checkpoint: Checkpoint, part: Part, prefixes: Sequence[str]) -> SourceTensor | None:
     for prefix in prefixes:
         tensor = checkpoint.tensors.get(prefix + part.key)
         if tensor is not None:
-            return Rows(tensor, part.index, part.transpose)
+            return tensor
     return None
 
 
 def _misfit(rows: Sequence[Rows], parts: Sequence[Part], shape: tuple[int, ...]) -> str | None:
     for row in rows:
-        if row.tensor.dtype not in _DTYPES:
-            known = ", ".join(_DTYPES)
-            return f"{row.tensor.name} is {row.tensor.dtype}; {known} can be converted."
-        if row.index is not None and row.index >= (row.tensor.shape or (0,))[0]:
-            return f"{row.tensor.name} is {list(row.tensor.shape)}: it has no slice {row.index}."
+        held = row.tensor.shape
+        if row.index is not None and row.scheme is None and row.index >= (held or (0,))[0]:
+            return f"{row.tensor.name} is {list(held)}: it has no slice {row.index}."
     columns = {row.shape[1:] for row in rows}
     fits = all(row.shape for row in rows) and columns == {shape[1:]}
     if fits and sum(row.shape[0] for row in rows) == shape[0]:
@@ -229,78 +328,3 @@ def _misfit(rows: Sequence[Rows], parts: Sequence[Part], shape: tuple[int, ...])
     have = " and ".join(f"{row} {list(row.shape)}" for row in rows)
     turned = " (transposed)" if parts[0].transpose else ""
     return f"{have}{turned} should make {list(shape)}."
-
-
-# Files and headers
-
-
-def _weight_files(path: Path) -> tuple[list[Path], set[str]]:
-    """The safetensors files, and the tensors that must be in them, as far as an index says so."""
-    if not path.is_dir():
-        what = "is a file, not a folder" if path.exists() else "doesn't exist"
-        raise CheckpointError(f"The checkpoint {path} {what}.")
-    index = path / INDEX
-    if not index.exists():
-        if (path / SINGLE).exists():
-            return [path / SINGLE], set()
-        pickled = any(path.glob("*.bin")) or any(path.glob("*.pt*"))
-        why = "; its weights are pickled, and loading these can run any code" if pickled else ""
-        raise CheckpointError(
-            f"{path} has neither {INDEX} nor {SINGLE}{why}.",
-            hint="Download or save the model in the safetensors format.",
-        )
-    try:
-        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        names = sorted(set(weight_map.values()))
-        outside = [name for name in names if Path(name).name != name]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{index} can't be used: {error!r}.", hint="Download this file again."
-        ) from error
-    if outside:
-        raise CheckpointError(f"{index} names a file outside of its folder: {outside[0]!r}.")
-    return [path / name for name in names], set(weight_map)
-
-
-def _read_header(file: Path) -> list[SourceTensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        ValueError: it isn't one, or is truncated (the end of a sentence).
-        OSError: it can't be read.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if size < 8 or length > min(size - 8, _HEADER_LIMIT):
-            raise ValueError("isn't a safetensors file, or is truncated")
-        try:
-            entries = json.loads(f.read(length))
-            tensors = list(_entries(file, 8 + length, entries))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"has a damaged header ({error!r})") from error
-    end = max((tensor.offset + tensor.nbytes for tensor in tensors), default=8 + length)
-    if size < end:
-        raise ValueError(f"is truncated: it has {size:,} of {end:,} bytes")
-    return tensors
-
-
-def _entries(file: Path, base: int, entries: dict[str, Any]) -> Iterable[SourceTensor]:
-    for name, entry in entries.items():
-        if name == "__metadata__":
-            continue
-        start, stop = entry["data_offsets"]
-        shape = tuple(int(n) for n in entry["shape"])
-        dtype = _DTYPES.get(entry["dtype"])
-        if not 0 <= start <= stop or (
-            dtype is not None and stop - start != math.prod(shape) * dtype.itemsize
-        ):
-            raise ValueError(f"{name} has the wrong size")
-        yield SourceTensor(name, entry["dtype"], shape, file, base + start, stop - start)
-
-
-def _sample(file: Path) -> bytes:
-    """A few bytes from the middle: two fine-tunes of one model have the same header."""
-    with file.open("rb") as f:
-        f.seek(file.stat().st_size // 2)
-        return f.read(4096)

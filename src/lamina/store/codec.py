@@ -2,7 +2,9 @@
 
 * `nf4`: the flattened matrix in blocks of 64, four bits a weight, in bitsandbytes' code book and
   packing (the first of two weights in the high half of a byte). Weights are bf16 before they are
-  quantized, so a block's scale, its largest magnitude, is exact in bf16: 4.25 bits a weight.
+  quantized, so a block's scale, its largest magnitude, is exact in bf16: 4.25 bits a weight. Codes
+  taken over from bitsandbytes keep its fp32 scales ("wide", 4.5 bits): it may have quantized other
+  than bf16 weights, or the scales themselves.
 * `int8`: symmetric, one fp32 scale a row (the row's largest magnitude / 127): 8 bits a weight.
 * `bf16`: as it is; lossless for bf16 sources.
 
@@ -78,9 +80,12 @@ _DECODE_COLUMNS = 4096
 
 
 def encoded_pieces(
-    shape: Sequence[int], codec: str
+    shape: Sequence[int], codec: str, wide_scales: bool = False
 ) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
     """What a tensor of `shape` becomes: (suffix, safetensors dtype, shape) of each stored piece.
+
+    Args:
+        wide_scales: the scales of nf4 are fp32.
 
     Raises:
         ValueError: there is no such codec.
@@ -91,7 +96,8 @@ def encoded_pieces(
     if codec == "int8":
         return (("", "I8", tuple(shape)), (".scale", "F32", (shape[0],)))
     if codec == "nf4":
-        return (("", "U8", (-(-n // 2),)), (".absmax", "BF16", (-(-n // NF4_BLOCK),)))
+        scales = "F32" if wide_scales else "BF16"
+        return (("", "U8", (-(-n // 2),)), (".absmax", scales, (-(-n // NF4_BLOCK),)))
     raise ValueError(f"no codec {codec!r}")
 
 

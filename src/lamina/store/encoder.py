@@ -19,6 +19,7 @@ from lamina.errors import CheckpointError
 from lamina.store.checkpoint import Checkpoint, Rows
 from lamina.store.codec import encode
 from lamina.store.pieces import StoredTensor
+from lamina.store.quantized import Nf4
 
 __all__ = ["Encoder", "Task", "not_finite", "work_bytes"]
 
@@ -66,22 +67,38 @@ class Encoder:
 
     def _encode(self, task: Task) -> dict[str, Tensor]:
         tensor, rows = task
-        matrix = torch.empty(tensor.shape, dtype=torch.bfloat16)
+        try:
+            if tensor.wide_scales:
+                # Parts that bitsandbytes has quantized stay as they are.
+                parts = [self._wide(row) for row in rows]
+                return {suffix: torch.cat([p[suffix] for p in parts]) for suffix in parts[0]}
+            return encode(self._matrix(tensor.shape, rows), tensor.codec)
+        except ValueError as error:
+            raise not_finite(self._source, rows) from error
+
+    def _wide(self, row: Rows) -> dict[str, Tensor]:
+        if isinstance(row.scheme, Nf4):
+            codes, scales = self._source.kept(row)
+            if not bool(torch.isfinite(scales).all()):
+                raise ValueError("a scale is NaN or infinite")
+            return {"": codes, ".absmax": scales}
+        pieces = encode(self._matrix(row.shape, [row]), "nf4")
+        return {"": pieces[""], ".absmax": pieces[".absmax"].float()}
+
+    def _matrix(self, shape: Sequence[int], rows: Sequence[Rows]) -> Tensor:
+        matrix = torch.empty(tuple(shape), dtype=torch.bfloat16)
         at = 0
         for row in rows:
             for chunk in self._source.rows(row):
                 matrix[at : at + len(chunk)].copy_(chunk.to(torch.bfloat16))
                 at += len(chunk)
-        try:
-            return encode(matrix, tensor.codec)
-        except ValueError as error:
-            raise not_finite(self._source, rows) from error
+        return matrix
 
 
 def work_bytes(tensor: StoredTensor, rows: Sequence[Rows]) -> int:
     """About what encoding a matrix takes: the source's bytes, the matrix in bf16 and its pieces."""
     n = torch.Size(tensor.shape).numel()
-    source = sum(torch.Size(row.shape).numel() * row.item_bytes for row in rows)
+    source = max((row.work_bytes for row in rows), default=0)
     return source + 2 * n + sum(piece.nbytes for piece in tensor.pieces)
 
 

@@ -1,7 +1,8 @@
 """Which files of a store are finished: kept while a preparation is under way, and after it.
 
 While it is under way the record is a journal, one JSON line a finished file, forced to disk; a last
-line cut off by a crash is ignored. Afterwards it is `store.json`.
+line cut off by a crash is ignored. Of a file that is written in parts, a line says which files of
+the source it has all that it needs of. Afterwards the record is `store.json`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from lamina.errors import StoreError
 from lamina.store.files import LOCK, TEMPORARY, Writer
 from lamina.store.layout import JOURNAL, MANIFEST, read_manifest, seal, size_problem
 
-__all__ = ["Record"]
+__all__ = ["ORIGIN", "PART", "Record", "read_origin", "write_origin"]
+
+#: Which repository and commit of the hub a store is made of.
+ORIGIN = "origin.json"
+#: What follows the name of a file of which only some tensors are there.
+PART = ".part"
 
 
 class Record:
@@ -33,6 +39,7 @@ class Record:
         self._root = root
         self._identity = identity
         self._entries: dict[str, Any] = {}
+        self._parts: dict[str, list[str]] = {}
         self._whole = (root / MANIFEST).exists()  # the store was finished before: only mend it
         if self._whole:
             manifest = read_manifest(root)
@@ -46,13 +53,20 @@ class Record:
             first, *lines = _lines(root / JOURNAL)
             _check_same(root, first, identity)
             for line in lines:
-                self._entries[line["file"]] = line["entry"]
+                if "part" in line:
+                    self._parts.setdefault(line["part"], []).append(line["source"])
+                else:
+                    self._entries[line["file"]] = line["entry"]
+            self._parts = {f: p for f, p in self._parts.items() if (root / (f + PART)).exists()}
             self._write_journal()
         else:
             _check_empty(root)
             self._write_journal()
         for leftover in (*root.glob(f"*{TEMPORARY}"), *root.glob(f"blocks/*{TEMPORARY}")):
             leftover.unlink()
+        for leftover in (*root.glob(f"*{PART}"), *root.glob(f"blocks/*{PART}")):
+            if str(leftover.relative_to(root)).removesuffix(PART) not in self._parts:
+                leftover.unlink()
 
     def has(self, file: str, nbytes: int) -> bool:
         """Whether that file is finished and still has its size."""
@@ -73,9 +87,22 @@ class Record:
     def add(self, file: str, entry: Any) -> None:
         """Records a finished file."""
         self._entries[file] = entry
+        self._parts.pop(file, None)
+        self._append({"file": file, "entry": entry})
+
+    def parts(self, file: str) -> Sequence[str]:
+        """The files of the source of which an unfinished file has all that it needs."""
+        return self._parts.get(file, ())
+
+    def add_part(self, file: str, source: str) -> None:
+        """Records that an unfinished file has all that it needs of a file of the source."""
+        self._parts.setdefault(file, []).append(source)
+        self._append({"part": file, "source": source})
+
+    def _append(self, line: Any) -> None:
         if not self._whole:
             with (self._root / JOURNAL).open("a", encoding="utf-8") as journal:
-                journal.write(_line({"file": file, "entry": entry}))
+                journal.write(_line(line))
                 journal.flush()
                 os.fsync(journal.fileno())
 
@@ -96,9 +123,26 @@ class Record:
 
     def _write_journal(self) -> None:
         lines = [{"file": file, "entry": entry} for file, entry in self._entries.items()]
+        lines += [{"part": f, "source": s} for f, parts in self._parts.items() for s in parts]
         text = "".join(_line(line) for line in [self._identity, *lines])
         with Writer(self._root / JOURNAL) as writer:
             writer.write(memoryview(text.encode()))
+
+
+def read_origin(root: Path) -> dict[str, str]:
+    """What a store on the hub was made of, or nothing."""
+    try:
+        origin = json.loads((root / ORIGIN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return origin if isinstance(origin, dict) else {}
+
+
+def write_origin(root: Path, origin: dict[str, str]) -> None:
+    """Keeps what a store is made of, so that a preparation goes on with the same."""
+    if read_origin(root) != origin:
+        with Writer(root / ORIGIN) as writer:
+            writer.write(memoryview(_line(origin).encode()))
 
 
 def _line(value: Any) -> str:

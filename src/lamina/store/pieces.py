@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lamina.models.spec import Block, BlockKind
@@ -57,12 +57,18 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor of the model, as its unit holds it: `q_proj` is `q_proj.weight` in the file."""
+    """A tensor of the model, as its unit holds it: `q_proj` is `q_proj.weight` in the file. Two are
+    equal if they hold the same tensor, wherever its pieces lie."""
 
     name: str
     shape: tuple[int, ...]
     codec: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Piece, ...] = field(compare=False)
+
+    @property
+    def wide_scales(self) -> bool:
+        """Whether the scales of nf4 are fp32, as bitsandbytes has them."""
+        return self.codec == "nf4" and self.pieces[-1].dtype == "F32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +76,7 @@ class UnitLayout:
     """What a unit holds, wherever it lies: the experts of a block share one."""
 
     tensors: tuple[StoredTensor, ...]
-    nbytes: int
+    nbytes: int = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,20 +103,26 @@ class BlockLayout:
     nbytes: int
 
 
-def plan_blocks(blocks: Sequence[Block], codec: str) -> tuple[BlockLayout, ...]:
+def plan_blocks(
+    blocks: Sequence[Block], codec: str, wide_scales: bool = False
+) -> tuple[BlockLayout, ...]:
     """The files of a model's blocks, in their order."""
-    return tuple(plan_block(i, block, codec) for i, block in enumerate(blocks))
+    return tuple(plan_block(i, block, codec, wide_scales) for i, block in enumerate(blocks))
 
 
-def plan_block(index: int, block: Block, codec: str) -> BlockLayout:
+def plan_block(index: int, block: Block, codec: str, wide_scales: bool = False) -> BlockLayout:
     """The file of `block`, the model's block number `index`: names and shapes are enough.
+
+    Args:
+        wide_scales: the scales of nf4 are fp32, for codes taken over from bitsandbytes.
 
     Raises:
         ValueError: there is no such codec.
     """
     dense = _unit_layout(
         [(p.name, p.shape, "bf16") for p in block.plain]
-        + [(m.name, m.shape, codec) for m in block.linears]
+        + [(m.name, m.shape, codec) for m in block.linears],
+        wide_scales,
     )
     expert = None
     if block.experts is not None:
@@ -118,7 +130,8 @@ def plan_block(index: int, block: Block, codec: str) -> BlockLayout:
             [
                 ("gate_up_proj", block.experts.gate_up_shape, codec),
                 ("down_proj", block.experts.down_shape, codec),
-            ]
+            ],
+            wide_scales,
         )
     num_experts = block.experts.num_experts if block.experts is not None else 0
     units = [("", dense)]
@@ -141,12 +154,14 @@ def plan_block(index: int, block: Block, codec: str) -> BlockLayout:
     )
 
 
-def _unit_layout(tensors: Sequence[tuple[str, tuple[int, ...], str]]) -> UnitLayout:
+def _unit_layout(
+    tensors: Sequence[tuple[str, tuple[int, ...], str]], wide_scales: bool
+) -> UnitLayout:
     at = 0
     stored = []
     for name, shape, codec in tensors:
         pieces = []
-        for suffix, dtype, piece_shape in encoded_pieces(shape, codec):
+        for suffix, dtype, piece_shape in encoded_pieces(shape, codec, wide_scales):
             at = _aligned(at, _PIECE_ALIGNMENT)
             nbytes = math.prod(piece_shape) * ITEM_BYTES[dtype]
             pieces.append(Piece(suffix, dtype, piece_shape, at, nbytes))

@@ -1,0 +1,156 @@
+"""A server on this machine that speaks as much of the hub's protocol as huggingface_hub needs: the
+model's description, `/resolve/` with metadata in its headers, byte ranges; and its failures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class HubServer:
+    """The repository `owner/model`, made of the files of a folder.
+
+    Args:
+        drops: for a file, after how many bytes of each of its next downloads the connection breaks.
+        hard: it breaks with a reset, not with an end.
+        refuse: a status and a code of the hub for files, such as (403, "GatedRepo").
+        served: (file, first byte, bytes sent) of each download.
+    """
+
+    folder: Path
+    repo: str = "owner/model"
+    commit: str = COMMIT
+    drops: dict[str, list[int]] = field(default_factory=dict)
+    hard: bool = False
+    refuse: tuple[int, str] | None = None
+    ranges: bool = True
+    served: list[tuple[str, int, int]] = field(default_factory=list)
+    on_request: Callable[[str], None] = lambda path: None
+    url: str = ""
+
+    def downloads(self, file: str) -> list[tuple[int, int]]:
+        """(first byte, bytes sent) of the downloads of a file; not those of a header alone."""
+        return [(start, n) for name, start, n in self.served if name == file]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: HubServer
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, body: bool) -> None:
+        hub, path = self.hub, urlsplit(self.path).path
+        hub.on_request(path)
+        if re.fullmatch(rf"/api/models/{hub.repo}(/revision/.+)?", path):
+            revision = path.partition("/revision/")[2] or "main"
+            if revision not in ("main", hub.commit):
+                self._send(404, {"X-Error-Code": "RevisionNotFound"}, b"{}", body)
+                return
+            files = sorted(file for file in hub.folder.iterdir() if file.is_file())
+            siblings = [{"rfilename": f.name, "size": f.stat().st_size} for f in files]
+            info = {"id": hub.repo, "sha": hub.commit, "siblings": siblings, "private": False}
+            self._send(200, {"Content-Type": "application/json"}, json.dumps(info).encode(), body)
+            return
+        match = re.fullmatch(rf"/{hub.repo}/resolve/([^/]+)/([^/]+)", path)
+        if match is None:
+            self._send(404, {"X-Error-Code": "RepoNotFound"}, b"", body)
+        elif hub.refuse is not None:
+            status, code = hub.refuse
+            self._send(status, {"X-Error-Code": code} if code else {}, b"no", body)
+        elif not (hub.folder / match[2]).is_file():
+            self._send(
+                404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": hub.commit}, b"", body
+            )
+        else:
+            self._file(hub.folder / match[2], body)
+
+    def _file(self, file: Path, body: bool) -> None:
+        content = file.read_bytes()
+        headers = {
+            "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+            "X-Repo-Commit": self.hub.commit,
+            "Accept-Ranges": "bytes",
+        }
+        start, stop, status = 0, len(content), 200
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked and self.hub.ranges:
+            start, status = int(asked[1]), 206
+            stop = min(stop, int(asked[2]) + 1) if asked[2] else stop
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+        drops = self.hub.drops.get(file.name, [])
+        whole = asked is None or not asked[2]  # a download, or the rest of one
+        if body and whole and drops and drops[0] < stop - start:
+            self._break_off(status, headers, content[start:stop], drops.pop(0), file.name, start)
+            return
+        if body and whole:
+            self.hub.served.append((file.name, start, stop - start))
+        self._send(status, headers, content[start:stop], body)
+
+    def _break_off(
+        self,
+        status: int,
+        headers: dict[str, str],
+        content: bytes,
+        after: int,
+        name: str,
+        start: int,
+    ) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[:after])
+        self.wfile.flush()
+        self.hub.served.append((name, start, after))
+        if self.hub.hard:
+            linger = struct.pack("ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.close_connection = True
+
+    def _send(self, status: int, headers: dict[str, str], content: bytes, body: bool) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+
+@contextmanager
+def serving(hub: HubServer) -> Iterator[HubServer]:
+    """Runs the server; its address is `hub.url`."""
+    handler = type("Handler", (_Handler,), {"hub": hub})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -26,6 +26,8 @@ from lamina.recipe.load import load_recipe, recipe_names
 LAMINA = [sys.executable, "-m", "lamina"]
 COMMANDS = [
     "",
+    "doctor",
+    "plan",
     "prepare",
     "tune",
     "eval",

@@ -31,13 +31,15 @@ from lamina.recipe.places import home
 from lamina.store.codec import decode, encode
 from lamina.store.reader import aligned_buffer
 
-__all__ = ["Progress", "measure_disk", "measure_machine"]
+__all__ = ["Progress", "Shapes", "measure_disk", "measure_machine"]
 
 #: Told what is being measured.
 Progress = Callable[[str], None]
 
 #: Seconds that each measurement takes at least.
 _SECONDS = 1.0
+#: Bytes of the file that is read, and of one read; reads in flight.
+_FILE = 512 << 20
 _PIECE = 4 << 20
 _THREADS = 4
 
@@ -95,7 +97,7 @@ def _described(cuda: bool) -> Hardware:
 # --- the disk
 
 
-def measure_disk(folder: Path, nbytes: int = 512 << 20) -> float:
+def measure_disk(folder: Path) -> float:
     """Bytes/s of direct reads of a new file in `folder`, several at a time; buffered where the file
     system refuses direct ones.
 
@@ -104,7 +106,7 @@ def measure_disk(folder: Path, nbytes: int = 512 << 20) -> float:
     """
     folder.mkdir(parents=True, exist_ok=True)
     free = os.statvfs(folder)
-    nbytes = min(nbytes, free.f_bavail * free.f_frsize // 4) // _PIECE * _PIECE
+    nbytes = min(_FILE, free.f_bavail * free.f_frsize // 4) // _PIECE * _PIECE
     with tempfile.NamedTemporaryFile(dir=folder, prefix="doctor-", suffix=".tmp") as file:
         block = torch.randint(256, (_PIECE,), dtype=torch.uint8).numpy().data
         for _ in range(max(1, nbytes // _PIECE)):
@@ -148,7 +150,8 @@ def _read_rate(name: str, pieces: int) -> float:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The median of a second of repetitions, after one that warms up."""
+    """The faster quarter's last of a second of repetitions, after one that warms up: what else runs
+    now and then isn't the machine's."""
     work()
     times: list[float] = []
     begin = time.monotonic()
@@ -158,7 +161,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
         work()
         _wait(device)
         times.append(time.monotonic() - start)
-    return statistics.median(times)
+    return statistics.quantiles(times, n=4)[0]
 
 
 def _wait(device: torch.device) -> None:
@@ -167,7 +170,7 @@ def _wait(device: torch.device) -> None:
 
 
 @dataclass(frozen=True)
-class _Shapes:
+class Shapes:
     """Rows, and an expert's matrices: `gate_up [2I, H]` and `down [H, I]`."""
 
     rows: int
@@ -175,8 +178,8 @@ class _Shapes:
     intermediate: int
 
 
-def _shapes(device: torch.device) -> _Shapes:
-    return _Shapes(4096, 5120, 8192) if device.type == "cuda" else _Shapes(1024, 576, 1536)
+def _shapes(device: torch.device) -> Shapes:
+    return Shapes(4096, 5120, 8192) if device.type == "cuda" else Shapes(1024, 576, 1536)
 
 
 def _randn(*shape: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -27,7 +27,9 @@ class HubServer:
         drops: for a file, after how many bytes of each of its next downloads the connection breaks.
         hard: it breaks with a reset, not with an end.
         refuse: a status and a code of the hub for files, such as (403, "GatedRepo").
+        redirect: weights are sent from another host, as the hub's storage does.
         served: (file, first byte, bytes sent) of each download.
+        tokens: (whether it was sent from the other host, the token that came with the request).
     """
 
     folder: Path
@@ -37,7 +39,9 @@ class HubServer:
     hard: bool = False
     refuse: tuple[int, str] | None = None
     ranges: bool = True
+    redirect: bool = False
     served: list[tuple[str, int, int]] = field(default_factory=list)
+    tokens: set[tuple[bool, str | None]] = field(default_factory=set)
     on_request: Callable[[str], None] = lambda path: None
     url: str = ""
 
@@ -62,6 +66,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: bool) -> None:
         hub, path = self.hub, urlsplit(self.path).path
         hub.on_request(path)
+        elsewhere = path.startswith("/storage/")
+        path = path.removeprefix("/storage")
+        hub.tokens.add((elsewhere, self.headers.get("Authorization")))
         if re.fullmatch(rf"/api/models/{hub.repo}(/revision/.+)?", path):
             revision = path.partition("/revision/")[2] or "main"
             if revision not in ("main", hub.commit):
@@ -82,6 +89,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(
                 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": hub.commit}, b"", body
             )
+        elif hub.redirect and not elsewhere and match[2].endswith(".safetensors"):
+            content = (hub.folder / match[2]).read_bytes()
+            headers = {
+                "Location": f"{hub.url.replace('127.0.0.1', 'localhost')}/storage{path}",
+                "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"',
+                "X-Linked-Size": str(len(content)),
+                "X-Repo-Commit": hub.commit,
+            }
+            self._send(302, headers, b"", body)
         else:
             self._file(hub.folder / match[2], body)
 

@@ -102,6 +102,25 @@ def test_the_hub_gives_the_store_that_the_folder_gives(
     assert not (tmp_path / "store.source").exists()
 
 
+def test_the_storage_behind_the_hub_gets_no_token(
+    make_sample: Callable[..., Any],
+    server: HubServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sample = make_sample(hidden=96, inter=64)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(hub_constants, "DOWNLOAD_CHUNK_SIZE", 4096)
+    server.redirect = True
+    name = shards(server)[1]
+    server.drops = {name: [50_000]}
+    prepare(sample, tmp_path / "store")
+    whole = sample.prepare(tmp_path / "whole")
+    assert contents(tmp_path / "store") == contents(whole.path)
+    assert server.downloads(name)[1][0] > 0
+    assert server.tokens == {(False, "Bearer hf_secret"), (True, None)}
+
+
 def test_discarding_holds_one_file_at_a_time(
     make_sample: Callable[..., Any], server: HubServer, tmp_path: Path
 ) -> None:
@@ -458,7 +477,7 @@ def test_too_little_room_is_said_with_numbers_before_anything_is_downloaded(
     monkeypatch.undo()
 
 
-# The command, killed
+# The name of a model, and the command
 
 
 CONFIG = {
@@ -532,6 +551,26 @@ def write_mixtral(path: Path) -> None:
     prepare_folder(
         path, path.parent / "whole", model_type="mixtral", config=CONFIG, blocks=family.blocks
     )
+
+
+def test_a_model_by_its_name(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lamina.engine.prepare import prepare as prepare_model
+
+    write_mixtral(tmp_path / "checkpoint")
+    store = prepare_model(REPO, store=tmp_path / "store")
+    assert contents(store.path) == contents(tmp_path / "whole")
+    again = prepare_model(str(server.folder), store=store.path)  # the same weights, in a folder
+    assert again.fingerprint == store.fingerprint
+    # Without a connection a finished store is opened, and a new one made from the hub's cache.
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    assert prepare_model(REPO, store=store.path).fingerprint == store.fingerprint
+    other = prepare_model(REPO, store=tmp_path / "other")
+    assert contents(other.path) == contents(store.path)
+    with pytest.raises(CheckpointError, match="isn't downloaded from the hub"):
+        prepare_model(str(server.folder), store=tmp_path / "third", discard_source=True)
+    assert len(list(server.folder.glob("*.safetensors"))) == 3
 
 
 def test_the_command_killed_and_repeated(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from lamina.models.spec import Block, Linear, Part
 from lamina.store.codec import decode, encode, import_bitsandbytes
 from lamina.store.convert import prepare
 from lamina.store.layout import Store
+from lamina.store.quantized import decode_fp8
 from lamina.store.reader import verify
 from lamina.store.stream import Stream
 
@@ -179,6 +180,18 @@ def test_one_scale_for_all_rows_will_do(tmp_path: Path) -> None:
     store = make(tmp_path / "checkpoint", tmp_path / "store", MAVERICK, "bf16")
     found = held(store, "layers.1.feed_forward")["experts.0.down_proj.weight"]
     assert torch.equal(found, (tensors[key].double() * 0.5).bfloat16())
+
+
+def test_every_float8_number_is_decoded_at_any_row() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).repeat(200, 1).view(torch.float8_e4m3fn)
+    scale = torch.logspace(-30, 30, 203)
+    want = (codes.double() * scale[3:, None].double()).float().bfloat16()
+    got = decode_fp8(codes, scale, 3)
+    assert torch.equal(got.isnan(), want.isnan())
+    assert int(got.isnan().sum()) == 2 * 200
+    assert torch.equal(got.nan_to_num(), want.nan_to_num())
+    one = decode_fp8(codes, torch.tensor([0.75]), 3)
+    assert torch.equal(one.nan_to_num(), (codes.double() * 0.75).bfloat16().nan_to_num())
 
 
 def test_fp8_that_cannot_be_read_is_said_at_once(tmp_path: Path) -> None:

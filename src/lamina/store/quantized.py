@@ -40,6 +40,8 @@ __all__ = [
 ]
 
 _STATE = ".quant_state.bitsandbytes__"
+#: Rows of float8 decoded at once: their temporaries stay in the processor's cache.
+_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,13 +176,24 @@ def unstacked(parts: tuple[Part, ...]) -> tuple[Part, ...]:
 def decode_fp8(weight_OI: Tensor, scale: Tensor, start: int) -> Tensor:
     """Rows of the matrix in bf16.
 
+    A row has 256 possible values: looking them up is several times as fast as widening and multiplying.
+
     Args:
         weight_OI: the rows from `start` on, as float8.
         scale: of all rows `[O]`, or of all weights `[1]`, in fp32.
     """
-    rows = scale if scale.numel() == 1 else scale[start : start + len(weight_OI)]
-    # float8 times bf16 has 12 significant bits: exact in fp32, so this rounds once.
-    return weight_OI.to(torch.float32).mul_(rows.view(-1, 1)).to(torch.bfloat16)
+    rows, columns = weight_OI.shape
+    out_OI = torch.empty((rows, columns), dtype=torch.bfloat16)
+    scale_O = scale.expand(start + rows)[start:] if scale.numel() == 1 else scale[start:][:rows]
+    levels = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    first_O = (torch.arange(_ROWS, dtype=torch.int32) * 256)[:, None]
+    for at in range(0, rows, _ROWS):
+        codes = weight_OI[at : at + _ROWS].view(torch.uint8)
+        # float8 times bf16 has 12 significant bits: exact in fp32, so this rounds once.
+        table = (levels * scale_O[at : at + _ROWS, None]).to(torch.bfloat16)
+        index = codes.int().add_(first_O[: len(codes)])
+        torch.index_select(table.view(-1), 0, index.view(-1), out=out_OI[at : at + _ROWS].view(-1))
+    return out_OI
 
 
 def decode_scales(

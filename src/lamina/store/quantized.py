@@ -176,7 +176,8 @@ def unstacked(parts: tuple[Part, ...]) -> tuple[Part, ...]:
 def decode_fp8(weight_OI: Tensor, scale: Tensor, start: int) -> Tensor:
     """Rows of the matrix in bf16.
 
-    A row has 256 possible values: looking them up is several times as fast as widening and multiplying.
+    A row has 256 possible values: looking them up is several times as fast as widening and
+    multiplying.
 
     Args:
         weight_OI: the rows from `start` on, as float8.

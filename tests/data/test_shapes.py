@@ -28,6 +28,7 @@ from lamina.data.messages import (
     RowError,
     Segment,
     Segments,
+    Text,
     Tokens,
     ToolCall,
     canonical_adapter,
@@ -50,6 +51,10 @@ CARRIES: dict[str, st.SearchStrategy[Any]] = {
 
 def read(row: dict[str, Any]) -> Example:
     return ShapeFinder().find(row).read(row)
+
+
+def parse(row: dict[str, Any]) -> Example | RowError:
+    return understand(ShapeFinder(), row)[1]
 
 
 def through_json(row: dict[str, Any]) -> dict[str, Any]:
@@ -233,7 +238,6 @@ def test_a_mapped_column_goes_before_one_of_that_name() -> None:
     finder = ShapeFinder(columns={"user": "question", "assistant": "user"})
     swapped = {"question": "q", "user": "a"}  # nothing is left over
     assert finder.renamed(swapped) == {"user": "q", "assistant": "a"}
-    assert finder.hidden(swapped) == {}
 
     finder = ShapeFinder(columns={"user": "question", "assistant": "answer"})
     row = {"user": "bob", "question": "q", "answer": "a"}
@@ -244,6 +248,18 @@ def test_a_mapped_column_goes_before_one_of_that_name() -> None:
     assert shape_named("messages").write(example)["user"] == "bob"
     with pytest.raises(RowError, match="its further column 'user' has a meaning"):
         shape_named("table").write(example)  # rather than to lose it
+
+
+def test_a_column_without_a_value_is_none() -> None:
+    """A file of columns holds null where a row lacks one."""
+    assert parse({"messages": None, "text": "a", "n": None}) == Text(
+        "a", {"n": None, "messages": None}
+    )
+    chat = {"messages": [{"role": "assistant", "content": "a"}], "text": None, "tools": None}
+    assert parse(chat) == Conversation([Message("assistant", "a")], [], {"text": None})
+    assert isinstance(parse({"instruction": "a", "output": None}), RowError)  # and no other shape
+    with pytest.raises(RowError, match="'output' is"):
+        raise parse({"instruction": "a", "output": 1, "input": None})  # type: ignore[misc]
 
 
 def test_a_column_has_one_meaning(write_rows: Any) -> None:

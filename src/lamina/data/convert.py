@@ -16,7 +16,7 @@ from lamina.data.jsonio import dump_line
 from lamina.data.messages import Example, RowError
 from lamina.data.parallel import Message, line_blocks, map_blocks
 from lamina.data.readers import RawRow, parse_lines
-from lamina.data.shapes import Shape, ShapeFinder, candidates, shape_named
+from lamina.data.shapes import Shape, ShapeFinder, candidates, present, shape_named
 from lamina.data.shapes.base import uncarried
 from lamina.data.writers import (
     LinesWriter,
@@ -240,9 +240,9 @@ class _Readable:
             row = self._shape.write(example)
         except RecursionError:
             raise RowError("not-json", "is nested too deeply") from None
-        columns = tuple(row)
+        columns = tuple(present(row))
         if columns not in self._known:
-            _check_readable(row, self._shape)
+            _check_readable(present(row), self._shape)
             self._known.add(columns)
         return row
 

@@ -133,7 +133,7 @@ def _look(
         if shape is None:
             yield raw, None, None, error, []
             continue
-        row = finder.renamed(raw.value)
+        row = finder.view(raw.value)
         reason = "has the format that was named" if data.shape is not None else shape.fits(row)
         remarks = [
             f"it also {why} ({other.title}), and is read as {shape.title}: name the shape "

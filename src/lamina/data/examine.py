@@ -23,7 +23,7 @@ from lamina.data.parallel import Message
 from lamina.data.pii import PersonalData
 from lamina.data.readers import RawRow, parse_lines
 from lamina.data.rules import CONTROL_TOKENS, findings, texts_of
-from lamina.data.shapes import Shape, ShapeFinder, candidates, shadowed, shape_named
+from lamina.data.shapes import Shape, ShapeFinder, candidates, present, shadowed, shape_named
 
 __all__ = ["SHOWN", "Examiner", "Result", "examine_block"]
 
@@ -174,7 +174,7 @@ class Examiner:
 
     def _column_findings(self, value: dict[str, Any], shape: Shape | None) -> list[tuple[str, str]]:
         """What its columns say, looked at once for each combination of them."""
-        key = tuple(value)
+        key = tuple(present(value))
         known = self._known.get(key)
         if known is None:
             known = []
@@ -184,7 +184,7 @@ class Examiner:
             if unknown := [repr(k) for k in key if k not in read]:
                 message = f"has columns that are not trained: {', '.join(unknown)}"
                 known.append(("unknown-columns", message + _why_hidden(hidden)))
-            for other, why in candidates(self.finder.renamed(value)) if self._shape is None else ():
+            for other, why in candidates(self.finder.view(value)) if self._shape is None else ():
                 if other.name not in (shape.name, *shape.includes):
                     known.append(("ambiguous", f"is read as {shape.title}, but also {why}"))
             self._known[key] = known

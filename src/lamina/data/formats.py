@@ -171,10 +171,10 @@ def understand(
     """The shape and the example of a raw row, or why it has none."""
     shape: Shape | None = None
     try:
-        row = finder.renamed(value)
+        row = finder.view(value)
         shape = finder.find(row)
         example = shape.read(row)
-        example.extra.update(finder.hidden(value))
+        example.extra.update(finder.unseen(value, shape))
         return shape, example
     except RowError as error:
         return shape, error

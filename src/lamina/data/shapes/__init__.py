@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from lamina.data.messages import RowError
@@ -20,6 +21,7 @@ __all__ = [
     "ShapeFinder",
     "candidates",
     "parse_message_list",
+    "present",
     "shadowed",
     "shape_named",
 ]
@@ -74,6 +76,11 @@ def shadowed(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tuple[s
     return [(name, source) for name, source in columns.items() if name in row.keys() - sources]
 
 
+def present(row: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a row that hold something."""
+    return {name: value for name, value in row.items() if value is not None}
+
+
 class ShapeFinder:
     """Finds the shape of rows, looking at each combination of columns only once.
 
@@ -103,11 +110,30 @@ class ShapeFinder:
         hidden = {name for name, _ in shadowed(row, self._mapped)}
         return {self._columns.get(key, key): row[key] for key in row if key not in hidden}
 
-    def hidden(self, row: dict[str, Any]) -> dict[str, Any]:
-        """What `renamed` leaves out."""
-        if not self._columns:
+    def view(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row as shapes are to see it: renamed, and without nulls if it has a known shape then.
+        Files with columns hold null where a row has none.
+
+        Raises:
+            RowError: a column that was mapped is missing.
+        """
+        named = self.renamed(row)
+        if self._shape is None and None in named.values():
+            held = present(named)
+            with suppress(RowError):
+                self.find(held)
+                return held
+        return named
+
+    def unseen(self, row: dict[str, Any], shape: Shape) -> dict[str, Any]:
+        """The columns of a row that are carried along although `view` leaves them out."""
+        if not self._columns and None not in row.values():
             return {}
-        return {name: row[name] for name, _ in shadowed(row, self._mapped)}
+        left = {name: row[name] for name, _ in shadowed(row, self._mapped)}
+        for name, value in row.items():
+            if value is None and name not in shape.columns and name not in self._columns:
+                left[name] = None
+        return left
 
     def find(self, row: dict[str, Any]) -> Shape:
         """The shape of a row whose columns are called as shapes call them.

@@ -63,7 +63,8 @@ Compression and container are told by the content of a file; its name decides on
 that look alike. Files may be compressed with gzip or zstd. Several files, glob patterns
 (`data/*.jsonl`), folders saved with `save_to_disk`, and datasets on the Hugging Face hub
 (`owner/name`, `owner/name:config`, each with `@split` if need be; this needs the package
-`datasets`) work wherever a file does. Text is UTF-8; a byte order mark is passed over.
+`datasets`) work wherever a file does. Text is UTF-8; a byte order mark is passed over. Where rows
+have all the same columns (Parquet, Arrow, datasets), a null is read as if its column weren't there.
 """
 
 _SHAPES = """\

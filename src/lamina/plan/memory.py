@@ -9,6 +9,8 @@ T = tokens of the step, H = hidden size, A = query heads, D = head dimension, I 
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -31,12 +33,15 @@ __all__ = [
 Place = Literal["vram", "ram"]
 
 #: Python, torch, transformers and what they load, before the first weight.
-_LIBRARIES = 500 << 20
+_LIBRARIES = 440_000_000
 #: The context, code and libraries of CUDA on the device; and the same on the host's side.
 _CUDA_CONTEXT, _CUDA_HOST = 900 << 20, 1500 << 20
 #: oneDNN compiles a kernel for each shape of a product and keeps this many of this size
 #: (`engine/__init__.py` sets the number).
-_KERNEL, _KERNELS = 580_000, 512
+_KERNEL, _KERNELS = 700_000, 512
+#: What the C library's allocator keeps of temporaries once they are freed, in widths of the widest
+#: visit. It hands back what is larger than its threshold, so no more than a few of these stay.
+_KEPT, _KEPT_MOST = 2, 4 * (32 << 20)
 #: Bytes of a weight's optimizer states: two moments, and a scale for each block of them.
 _STATES = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / 256), "adamw_4bit": 2 * (0.5 + 4 / 128)}
 
@@ -242,7 +247,11 @@ def step_buffers(
     ]
     if not cuda:
         count = _kernels(shape, setting, tokens, longest, equal_lengths)
-        buffers.append(Buffer("kernels", "ram", count * _KERNEL, "compiled for each shape"))
+        kept = min(_KEPT * widest, _KEPT_MOST)
+        buffers += [
+            Buffer("kernels", "ram", count * _KERNEL, "products, compiled for each shape"),
+            Buffer("allocator", "ram", kept, "freed temporaries that the C library keeps"),
+        ]
     return buffers
 
 
@@ -282,14 +291,20 @@ def _kernels(
     shape: ModelShape, setting: Setting, tokens: int, longest: int, equal_lengths: bool
 ) -> int:
     """Shapes of products that a step meets, up to those that are kept."""
+    most = int(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS))
     if not equal_lengths:
-        return _KERNELS
+        return most
     trained = adapters(shape, setting)
     kinds = len({(m.out, m.in_) for block in shape.body for m in block.matrices})
-    dense = kinds * (2 + 10 * (trained.dense > 0))
-    attention = 6 * -(-longest // 64)
-    experts = next(block.experts for block in shape.body if block.experts is not None)
-    # An expert's rows are filled up to multiples of 64, and a part has most of `group_tokens`.
-    mean = tokens * shape.top_k // experts.count
-    rows = setting.group_tokens // 128 if mean > setting.group_tokens else mean // 64 + 1
-    return min(_KERNELS, dense + attention + rows * (4 + 14 * (trained.experts > 0)))
+    dense = kinds * (2 + 6 * (trained.dense > 0))
+    attention = 4 * -(-min(longest, setting.length) // 64)
+    blocks = [block.experts for block in shape.body if block.experts is not None]
+    if not blocks:
+        return min(most, dense + attention)
+    # Routing is uneven: as a rule of thumb, an expert's rows are distributed exponentially. Up to
+    # 64 are taken as they are; more are filled up to multiples of 64, in parts of `group_tokens`.
+    visits, mean = len(blocks) * blocks[0].count, tokens * shape.top_k / blocks[0].count
+    few = visits * (1 - math.exp(-64 / mean))
+    rows = 64 * (1 - math.exp(-few / 64))
+    rows += min(setting.group_tokens, mean * math.log(visits)) / 64
+    return min(most, int(dense + attention + rows * (4 + 12 * (trained.experts > 0))))

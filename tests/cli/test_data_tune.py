@@ -66,7 +66,25 @@ def test_tune_takes_every_format_and_container(
 
     assert main(["tune", str(recipe), *data, "--out", "run", "text_rows=paragraph"]) == 0
 
-    out, _ = capsys.readouterr()
+    out, err = capsys.readouterr()
     assert "steps          1 in" in out
+    assert "3 rows have a pair of answers, of which the chosen one is trained.\n" in err
     assert main(["eval", "run", *data, "--json"]) == 0  # the run remembers what a row is
     assert json.loads(capsys.readouterr().out)["rows"] == sum(files.values())
+
+
+def test_a_run_tells_what_became_of_long_rows(
+    recipe: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [chat("a?", "b"), chat("a?", "b" * 600)]
+    (work / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["tune", str(recipe), "--data", "a.jsonl", "--out"]
+    capsys.readouterr()
+
+    assert main([*words, "one"]) == 0
+    assert "left out       1 row, longer than max_length\n" in capsys.readouterr().out
+    assert main([*words, "two", "too_long=truncate"]) == 0
+    out = capsys.readouterr().out
+    assert "left out" not in out
+    assert "shortened      1 row, longer than max_length\n" in out
+    assert json.loads((work / "two" / "summary.json").read_text())["shortened_rows"] == 1

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lamina.cli.data_report import rows
 from lamina.cli.inputs import data_problems, out_problems
 from lamina.cli.options import AsJson
 from lamina.cli.recipes import complete_names
@@ -84,6 +85,8 @@ def tune(
         print_json(summary.to_dict())
     else:
         sys.stdout.write(_report(summary))
+    for sentence in summary.notes:
+        note(sentence)
     if summary.interrupted:
         raise typer.Exit(130)
     note(f"try it: lamina chat {summary.run}")
@@ -152,5 +155,7 @@ def _report(summary: RunSummary) -> str:
         ("peak memory", size(summary.peak_memory_bytes)),
     ]
     if summary.dropped_rows:
-        lines.append(("left out", f"{summary.dropped_rows:,} rows, longer than max_length"))
+        lines.append(("left out", f"{rows(summary.dropped_rows)}, longer than max_length"))
+    if summary.shortened_rows:
+        lines.append(("shortened", f"{rows(summary.shortened_rows)}, longer than max_length"))
     return "".join(f"{name:<14} {value}\n" for name, value in lines)

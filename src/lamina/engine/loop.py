@@ -106,7 +106,12 @@ def tune(
         )
         trainer = _Trainer(recipe, engine, adapter, steps, train_set.place, run, emit)
         summary = trainer.run(eval_set)
-    summary = replace(summary, dropped_rows=len(train_set.dropped))
+    summary = replace(
+        summary,
+        dropped_rows=len(train_set.dropped),
+        shortened_rows=len(train_set.shortened),
+        notes=train_set.notes,
+    )
 
     # 4. What came of it.
     run.summary_file.write_text(json.dumps(summary.to_dict(), indent=2) + "\n")

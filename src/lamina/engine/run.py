@@ -119,6 +119,8 @@ class RunSummary:
         peak_memory_bytes: of the process (CPU) or the device (CUDA).
         dropped_rows: left out because they are too long.
         interrupted: it was ended before its last step.
+        shortened_rows: of which a part was trained, because they are too long.
+        notes: how rows were understood that could be meant otherwise, as sentences.
     """
 
     run: Path
@@ -133,6 +135,8 @@ class RunSummary:
     peak_memory_bytes: int
     dropped_rows: int
     interrupted: bool
+    shortened_rows: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def tokens_per_second(self) -> float:
@@ -140,5 +144,8 @@ class RunSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        values = asdict(self) | {"run": str(self.run), "tokens_per_second": self.tokens_per_second}
-        return values
+        return asdict(self) | {
+            "run": str(self.run),
+            "notes": list(self.notes),
+            "tokens_per_second": self.tokens_per_second,
+        }

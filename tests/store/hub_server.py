@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import socket
 import struct
@@ -143,6 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.hard:
             linger = struct.pack("ii", 1, 0)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            os.close(self.connection.detach())  # at once: the server would end it in order first
         self.close_connection = True
 
     def _send(self, status: int, headers: dict[str, str], content: bytes, body: bool) -> None:

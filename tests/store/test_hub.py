@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -186,9 +187,26 @@ def test_a_dropped_connection_is_gone_on_with(
     assert contents(tmp_path / "store") == contents(whole.path)
     first, second = server.downloads(name)
     assert first == (0, size // 2)
-    if not hard:  # after an orderly end huggingface_hub asks for the rest
+    if hard:  # a reset makes huggingface_hub give up, and we ask for all of the file again
+        assert second == (0, size)
+    else:  # after an orderly end it asks for the rest
         assert second[0] >= size // 2 - 4096
         assert sum(second) == size
+
+
+def test_a_connection_that_never_holds_is_an_error_that_can_be_gone_on_with(
+    make_sample: Callable[..., Any], server: HubServer, tmp_path: Path
+) -> None:
+    sample = make_sample()
+    whole = sample.prepare(tmp_path / "whole")
+    name = shards(server)[1]
+    server.drops, server.hard = {name: [100] * 2}, True
+    with pytest.raises(CheckpointError, match=rf"connection to {server.url} failed") as caught:
+        prepare(sample, tmp_path / "store")
+    assert "goes on from here" in str(caught.value.hint)
+    assert len(server.downloads(name)) == 2  # asked for once more after huggingface_hub gave up
+    prepare(sample, tmp_path / "store")
+    assert contents(tmp_path / "store") == contents(whole.path)
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -456,6 +474,34 @@ def test_a_file_that_is_not_what_its_header_said_is_refused(
 
 
 # Room
+
+
+@pytest.mark.filterwarnings("ignore:Not enough free disk space")  # huggingface_hub's own word on it
+def test_a_disk_that_fills_up_can_be_gone_on_with(
+    make_sample: Callable[..., Any],
+    server: HubServer,
+    tmp_path: Path,
+    small_disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sample = make_sample(hidden=60, inter=30, layers=3, shards=4)
+    whole = sample.prepare(tmp_path / "whole")
+    filler = small_disk / "filler"
+
+    def fill(done: int, total: int, what: str) -> None:
+        # While a file is coming: it is the download that finds no room.
+        if what == shards(server)[1] and not filler.exists():
+            with filler.open("wb", buffering=0) as f, suppress(OSError):
+                while True:
+                    f.write(bytes(4096))
+
+    monkeypatch.setattr(hub_constants, "DOWNLOAD_CHUNK_SIZE", 1024)
+    with pytest.raises(StoreError, match="No space left") as caught:
+        prepare(sample, small_disk / "store", progress=fill)
+    assert "again" in str(caught.value.hint)
+    filler.unlink()
+    prepare(sample, small_disk / "store")
+    assert contents(small_disk / "store") == contents(whole.path)
 
 
 @pytest.mark.parametrize("discard", [False, True])

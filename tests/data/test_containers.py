@@ -119,6 +119,22 @@ def test_rows_of_tables_that_can_t_be_read(tmp_path: Path) -> None:
             values(save(tmp_path / "z.csv", f"{header}\n1,2\n"))
 
 
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_the_header_tells_what_stands_between_cells(mark: str, tmp_path: Path) -> None:
+    text = f'question{mark}answer\r\n"a, b; c\td"{mark}"e\r\nf"\r\n'
+    path = save(tmp_path / "x.csv", text)
+    assert values(path) == [{"question": "a, b; c\td", "answer": "e\r\nf"}]
+    assert rows_of(path)[0].line == 2
+    if mark != "\t":
+        tabs = save(tmp_path / "x.tsv", f"a{mark}b\n1\n")
+        assert values(tabs) == [{f"a{mark}b": "1"}]
+
+
+def test_a_table_without_a_line_has_no_row(tmp_path: Path) -> None:
+    assert values(save(tmp_path / "x.csv", "")) == []
+    assert values(save(tmp_path / "y.csv", "text\n")) == []
+
+
 def test_plain_text(tmp_path: Path) -> None:
     path = save(tmp_path / "x.txt", "one\ntwo\n\n\nthree\n")
     assert values(path) == [{"text": "one\ntwo\n\n\nthree"}]

@@ -7,6 +7,7 @@ import io
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
@@ -132,6 +133,8 @@ def read_table(file: BinaryIO, delimiter: str, path: Path) -> Iterator[RawRow]:
     """The rows of a table whose first line names its columns.
 
     Args:
+        delimiter: what stands between cells. Where it is a comma and the first line has none, it
+            may also be a semicolon, as spreadsheets write it in half of the world, or a tab.
         path: the file, for messages.
 
     Raises:
@@ -140,9 +143,12 @@ def read_table(file: BinaryIO, delimiter: str, path: Path) -> Iterator[RawRow]:
     # The library's default of 128 KiB a cell is less than a long conversation.
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
     line = 1
     try:
+        first = text.readline()
+        if delimiter == "," and not {*',"'} & {*first}:
+            delimiter = next((mark for mark in ";\t" if mark in first), delimiter)
+        reader = csv.reader(chain([first], text), delimiter=delimiter, strict=True)
         header = next(reader, None)
         if header is None:
             return

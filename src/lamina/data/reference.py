@@ -41,7 +41,8 @@ MIXTRAL_PREVIEW = [
 _CONTAINERS = {
     "jsonl": "one JSON object a line",
     "json": "an array of objects; an object of columns (read at once); or one object, a row",
-    "csv": "a table with a header; lists and objects are JSON text in a cell",
+    "csv": "a table with a header, which also tells whether semicolons stand between the cells; "
+    "lists and objects are JSON text in a cell",
     "tsv": "the same, with tabs",
     "parquet": "needs pyarrow, as do Arrow files and zstd",
     "arrow": "the file format and the stream format",

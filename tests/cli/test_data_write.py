@@ -310,7 +310,7 @@ def test_split_tells_what_cannot_be(lamina: Lamina, write_rows: WriteRows) -> No
         (["c.jsonl", "--count", "6"], "6 rows can't be split off: there are 6 usable rows"),
         (["c.jsonl", "--count", "1", "--group-by", "topic"], "no row has the column 'topic'"),
         (["c.jsonl", "--count", "1", "--group-by", "id"], "Nothing can be split off"),
-        (["./b.jsonl", "--count", "1"], "Both parts would be written to b.jsonl"),
+        (["./b.jsonl", "--count", "1"], "Two things would be written to b.jsonl"),
     ):
         code, out, err = lamina(*words, *more)
         assert (code, out) == (1, "")

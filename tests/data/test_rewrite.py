@@ -159,8 +159,11 @@ def test_splits_that_make_no_sense(write_rows: Any, parts: tuple[Path, Path]) ->
     for options, message in cases:
         with pytest.raises(DataError, match=message):
             split(data, *parts, **options)
-    with pytest.raises(DataError, match="Both parts"):
-        split(data, parts[0], parts[0], count=2)
+    same = parts[0].parent / ".." / parts[0].parent.name / parts[0].name
+    rejected = parts[0].with_name(parts[0].name + ".rejected.jsonl")
+    for second in (parts[0], same, rejected):
+        with pytest.raises(DataError, match="Two things would be written"):
+            split(data, parts[0], second, count=2)
     with pytest.raises(DataError, match="one of the inputs"):
         split(data, data.sources[0].path, parts[1], count=2, force=True)
     assert not any(path.exists() for path in parts)

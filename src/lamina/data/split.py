@@ -78,9 +78,11 @@ def split(
         raise DataError(f"The fraction to split off is {fraction}; it must be between 0 and 1.")
     if count is not None and count < 1:
         raise DataError(f"The count of rows to split off is {count}; it must be at least 1.")
-    if first.absolute() == second.absolute():
-        raise DataError(f"Both parts would be written to {first}.", hint="Give them two names.")
     rejects_file = rejected_path(first)
+    if second.resolve() in (first.resolve(), rejects_file.resolve()):
+        raise DataError(
+            f"Two things would be written to {second}.", hint="Give each part a name of its own."
+        )
     for path in (first, second, rejects_file):
         check_output(path, data.sources, force=force)
     strata = _Strata(stratify_by)

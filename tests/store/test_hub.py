@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -369,12 +370,17 @@ def test_other_models_and_no_network_are_explained(
         Hub("owner/nothing", tmp_path / "store", discard=True)
     with pytest.raises(CheckpointError, match="can't be the name"):
         Hub("owner/no--name..", tmp_path / "store", discard=True)
-    monkeypatch.setattr(hub_constants, "ENDPOINT", "http://127.0.0.1:1")
+    nobody = "http://127.0.0.1:1"
+    template = nobody + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(hub_constants, "ENDPOINT", nobody)
+    monkeypatch.setattr(hub_constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    started = time.monotonic()
     with pytest.raises(
         CheckpointError, match=r"connection to http://127\.0\.0\.1:1 failed"
     ) as caught:
         Hub(REPO, tmp_path / "store", discard=True)
     assert "again" in str(caught.value.hint)
+    assert time.monotonic() - started < 10  # huggingface_hub itself would try for 20 seconds
 
 
 def test_without_a_connection_the_cache_will_do(

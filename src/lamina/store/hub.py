@@ -70,9 +70,9 @@ class Hub:
         begun = read_origin(out)
         fixed = begun.get("revision") if begun.get("repo") == repo else None
         with hub_errors(repo, fixed):
+            info = HfApi().model_info(repo, revision=fixed, files_metadata=True, timeout=_TIMEOUT)
             if fixed is None:  # by its branch, so that the cache knows which commit that is
                 hf_hub_download(repo, "config.json")
-            info = HfApi().model_info(repo, revision=fixed, files_metadata=True, timeout=_TIMEOUT)
             self.revision = str(info.sha)
             self._sizes = {s.rfilename: s.size or 0 for s in info.siblings or ()}
             #: Where the small files are: config, tokenizer, index.

@@ -29,10 +29,12 @@ class Machine:
 
     Args:
         deadline: on `time.monotonic`'s clock; what wouldn't end before it isn't begun.
+        repeats: of what is timed.
     """
 
     device: torch.device
     deadline: float = math.inf
+    repeats: int = 7
     copies: torch.cuda.Stream | None = field(init=False, default=None)
     decoding: torch.cuda.Stream | None = field(init=False, default=None)
 
@@ -95,12 +97,12 @@ class Machine:
 
     # --- time
 
-    def seconds(self, work: Callable[[], object], *, repeats: int = 7, warm: int = 2) -> float:
-        """The median time of `work`."""
-        for _ in range(warm):
+    def seconds(self, work: Callable[[], object]) -> float:
+        """The median time of `work`, once it is warm."""
+        for _ in range(self.repeats // 3):
             work()
         times = []
-        for _ in range(repeats):
+        for _ in range(self.repeats):
             self.synchronize()
             start = time.perf_counter()
             work()

@@ -50,25 +50,25 @@ MAVERICK: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
 }
 SMALL_MIXTRAL: dict[str, Any] = MIXTRAL_8X22B | {
-    "vocab_size": 512,
-    "hidden_size": 256,
-    "intermediate_size": 448,
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 64,
-    "num_local_experts": 4,
+    "head_dim": 16,
+    "num_local_experts": 3,
 }
 SMALL_LLAMA4: dict[str, Any] = MAVERICK | {
-    "vocab_size": 512,
-    "hidden_size": 256,
-    "intermediate_size": 192,
-    "intermediate_size_mlp": 320,
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "intermediate_size_mlp": 96,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 64,
-    "num_local_experts": 8,
+    "head_dim": 16,
+    "num_local_experts": 3,
     "attention_chunk_size": 32,
 }
 

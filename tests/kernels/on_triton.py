@@ -20,7 +20,7 @@ from lamina.kernels.nf4 import (
     reference_input_grad,
     reference_linear,
 )
-from lamina.kernels.triton_nf4 import INTERPRETED, Tiles, product
+from lamina.kernels.triton_nf4 import INTERPRETED, Tiles, decode, product
 from lamina.store.codec import encode, nf4_decode_reference
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -141,7 +141,7 @@ def test_decoding_is_exact(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = random_weight(*shape, device=DEVICE)
     out = torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
 
-    products.dequantize(weight, out)
+    decode(weight, out)
 
     exact = nf4_decode_reference(weight.codes, weight.absmax, out.numel(), dtype).view(shape)
     assert torch.equal(out, exact)
@@ -150,7 +150,9 @@ def test_decoding_is_exact(shape: tuple[int, int], dtype: torch.dtype) -> None:
 def test_decoding_a_stack() -> None:
     weight = random_weight(40, 24, 3, apart=10, device=DEVICE)
 
-    out = products.dequantize(weight, torch.empty(3, 40, 24, dtype=torch.bfloat16, device=DEVICE))
+    out = torch.full((3, 40, 24), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+
+    decode(weight, out)
 
     assert torch.equal(out, reference_dequantize(weight, torch.bfloat16))
 

@@ -33,7 +33,7 @@ def test_every_part() -> None:
     assert "WRONG" not in done.stdout
     ways = {"dequantize", "fused"} if interpreted else {"dequantize"}
     # A row for each way and number of tokens, of each of three models.
-    rows = re.findall(r"^\| (\w+) \| (64|160) \|.*\| ([\d.]+) GB \| \d+% \|", done.stdout, re.M)
+    rows = re.findall(r"^\| (\w+) \| (40|60) \|.*\| ([\d.]+) GB \| \d+% \|", done.stdout, re.M)
     assert len(rows) == 3 * 2 * len(ways)
     assert {way for way, *_ in rows} == ways
     assert "its 2 mixture blocks are aliased to 1 blocks' worth" in done.stdout

@@ -1,5 +1,5 @@
-"""Runs `on_triton.py` in a process of its own, since Triton reads at its import whether it is to
-interpret."""
+"""Runs `on_triton.py` and `compiled.py` in processes of their own, since Triton reads at its import
+whether it is to interpret."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-FILE = Path(__file__).with_name("on_triton.py")
-
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
     reason="Triton isn't installed: there is no wheel of it for this platform",
 )
 
 
-def run_file(**environment: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(FILE)]
+def run_file(name: str, **environment: str) -> None:
+    file = Path(__file__).with_name(name)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
     # Triton 3.6's interpreter and NumPy.
     command += ["-W", "ignore:Conversion of an array with ndim:DeprecationWarning"]
     done = subprocess.run(
@@ -38,11 +37,16 @@ def run_file(**environment: str) -> None:
 
 @needs_triton
 def test_interpreted() -> None:
-    run_file(TRITON_INTERPRET="1")
+    run_file("on_triton.py", TRITON_INTERPRET="1")
+
+
+@needs_triton
+def test_compiled(tmp_path: Path) -> None:
+    run_file("compiled.py", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
 
 
 @needs_triton
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_on_a_gpu() -> None:
-    run_file(TRITON_INTERPRET="0")
+    run_file("on_triton.py", TRITON_INTERPRET="0")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 import torch
 from tests.kernels.weights import distance, random_rows, random_weight
+from torch import Tensor
 
 from lamina.kernels import products
 from lamina.kernels.nf4 import (
@@ -89,17 +93,26 @@ def test_experts(counts: tuple[int, ...], room: str, gradient: bool) -> None:
 
 def test_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     most = products.MOST_FUSED_ROWS
-    few, many = torch.zeros(most, 8), torch.zeros(most + 1, 8)
 
-    assert products.choose(few, None) == "dequantize"  # no kernels on a CPU
+    def way(rows: int, *counts: int, device: str = "cuda") -> products.Way:
+        # The rule looks at nothing but the rows' number and device.
+        x = SimpleNamespace(shape=(rows, 8), device=torch.device(device))
+        groups = Groups(counts, torch.empty(0)) if counts else None
+        return products.choose(cast(Tensor, x), groups)
 
     monkeypatch.setattr(products, "fused_runs_on", lambda device: True)
 
-    assert products.choose(few, None) == "fused"
-    assert products.choose(many, None) == "dequantize"
+    assert way(most) == "fused"
+    assert way(most + 1) == "dequantize"
     # Experts without rows don't count: the mean of those that have some decides.
-    assert products.choose(many, Groups((most // 2, 0, most // 2 + 1), torch.empty(0))) == "fused"
-    assert products.choose(many, Groups((most + 1, 0, 0), torch.empty(0))) == "dequantize"
+    assert way(most + 1, most // 2, 0, most // 2 + 1) == "fused"
+    assert way(most + 1, most + 1, 0, 0) == "dequantize"
+    assert way(0, 0, 0) == "fused"
+    assert way(1, device="cpu") == "dequantize"
+
+    monkeypatch.setattr(products, "fused_runs_on", lambda device: False)
+
+    assert way(1) == "dequantize"
 
 
 def test_what_is_refused() -> None:

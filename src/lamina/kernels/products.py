@@ -64,8 +64,9 @@ def fused_runs_on(device: torch.device) -> bool:
 
 
 def choose(x: Tensor, groups: Groups | None) -> Way:
-    """The way that is likely the faster one, for rows `x`."""
-    if not fused_runs_on(x.device):
+    """The way that is likely the faster one, for rows `x`. Interpreted kernels are only for tests:
+    they run where they are asked for."""
+    if x.device.type != "cuda" or not fused_runs_on(x.device):
         return "dequantize"
     busy = sum(count > 0 for count in groups.counts) if groups is not None else 1
     return "fused" if x.shape[0] <= MOST_FUSED_ROWS * busy else "dequantize"
@@ -83,7 +84,7 @@ def dequantize(weight: Nf4, out: Tensor) -> Tensor:
     if tuple(out.shape) != weight.shape or not out.is_contiguous():
         raise ValueError(f"out is {tuple(out.shape)}, needed is a contiguous {weight.shape}")
     kernels = _kernels()
-    if kernels is not None and fused_runs_on(weight.device):
+    if kernels is not None and weight.device.type == "cuda" and fused_runs_on(weight.device):
         kernels.decode(weight, out)
     elif weight.num_experts is None:
         decode_flat(weight.codes, weight.absmax, out.view(-1))

@@ -237,24 +237,25 @@ def _product(
 @triton.jit
 def _decode(
     codes_ptr, absmax_ptr, levels_ptr, out_ptr, n, codes_stride, absmax_stride, out_stride,
-    BLOCKS: tl.constexpr, INTERPRET: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCKS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """`BLOCKS` blocks of 64 weights of one expert."""
+    """`BLOCKS` blocks of 64 weights of one expert; `WHOLE` if the last block is whole."""
     expert = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     HALF: tl.constexpr = _BLOCK // 2
     at = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    inside = at < (n + 1) // 2
-    packed = tl.load(codes_ptr + expert * codes_stride + at, mask=inside, other=0).to(tl.int32)
-    scale = tl.load(
-        absmax_ptr + expert * absmax_stride + block, mask=block < tl.cdiv(n, _BLOCK), other=0.0
-    )
+    to = block[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
+    there = block < tl.cdiv(n, _BLOCK)
+    # A mask that is the same for a whole block lets its bytes be read and written together.
+    read = there[:, None] if WHOLE else at < (n + 1) // 2
+    write = there[:, None] if WHOLE else to < n
+    packed = tl.load(codes_ptr + expert * codes_stride + at, mask=read, other=0).to(tl.int32)
+    scale = tl.load(absmax_ptr + expert * absmax_stride + block, mask=there, other=0.0)
     first = tl.load(levels_ptr + (packed >> 4))
     second = tl.load(levels_ptr + (packed & 15))
     weights = tl.interleave(first, second) * scale.to(tl.float32)[:, None]
-    to = block[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
     weights = _rounded(weights, out_ptr.dtype.element_ty, INTERPRET)
-    tl.store(out_ptr + expert * out_stride + to, weights, mask=to < n)
+    tl.store(out_ptr + expert * out_stride + to, weights, mask=write)
 
 
 def _span(in_features: int, columns: int) -> int:
@@ -316,8 +317,10 @@ CANDIDATES = (
     Tiles(32, 128, 64, warps=4, stages=4),
     Tiles(16, 128, 128, warps=4, stages=4),
 )
-#: Small enough that the interpreter, which is slow, has little to do.
-_INTERPRETED_TILES = Tiles(32, 64, 64)
+#: For fp32, and for shapes that no released model has: right, and not tuned.
+_PLAIN_TILES = Tiles(32, 64, 32, stages=2)
+#: The interpreter takes about a millisecond for a step of a tile, whatever its size.
+_INTERPRETED_TILES = Tiles(64, 64, 64)
 
 
 def _fitting(configs: Sequence[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
@@ -331,7 +334,7 @@ def _fitting(configs: Sequence[Any], arguments: dict[str, Any], **_: Any) -> lis
 _tuned = triton.autotune(
     configs=[tiles.config for tiles in CANDIDATES],
     # E and the exact rows change with every step and hardly matter.
-    key=["outs", "ins", "bucket", "GRADIENT", "GROUPED", "WORDS"],
+    key=["outs", "ins", "bucket", "GRADIENT", "GROUPED"],
     prune_configs_by={"early_config_prune": _fitting},
     cache_results=True,
 )(_measured_shapes)
@@ -354,13 +357,15 @@ def product(
         out: of the type of `x`, its rows contiguous.
         tiles: instead of those that are measured to be the fastest, once for each shape.
     """
+    words = _in_words(x, weight)
     if tiles is None and INTERPRETED:
         tiles = _INTERPRETED_TILES
+    elif tiles is None and not words:
+        tiles = _PLAIN_TILES
     counts = groups.counts if groups is not None else (x.shape[0],)
     if not any(counts):
         return
     columns = weight.in_features if gradient else weight.out_features
-    words = _in_words(x, weight)
     experts = weight.num_experts or 1
 
     def grid(meta: dict[str, Any]) -> tuple[int]:
@@ -434,6 +439,7 @@ def decode(weight: Nf4, out: Tensor) -> None:
         weight.codes.stride(0) if experts is not None else 0,
         weight.absmax.stride(0) if experts is not None else 0,
         n,
+        WHOLE=n % NF4_BLOCK == 0,
         BLOCKS=blocks,
         INTERPRET=INTERPRETED,
         num_warps=8,

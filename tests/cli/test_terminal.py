@@ -99,7 +99,14 @@ def test_plain_lines_are_throttled(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with TuneDisplay("mini") as display:
-        display(StartEvent(total_steps=10, trainable_parameters=1_000_000, store_bytes=10**9))
+        display(
+            StartEvent(
+                total_steps=10,
+                trainable_parameters=1_000_000,
+                store_bytes=10**9,
+                planned_memory_bytes=10**9,
+            )
+        )
         display(EvalEvent(step=0, loss=2.0, loss_tokens=1000, seconds=1.0))
         for number in range(1, 11):
             display(step(number))
@@ -175,7 +182,8 @@ def test_a_live_display() -> None:
         "with TuneDisplay('[mini]') as display:\n"
         "    display.progress(3 * 10**8, 10**9, 'mini.safetensors')\n"
         "    time.sleep(0.6)\n"
-        "    display(StartEvent(total_steps=9, trainable_parameters=9, store_bytes=9))\n"
+        "    display(StartEvent(total_steps=9, trainable_parameters=9, store_bytes=9,"
+        " planned_memory_bytes=9))\n"
         "    time.sleep(0.6)\n"
         "    display(EvalEvent(step=0, loss=2.0, loss_tokens=9, seconds=1.0))\n"
         "    for n in range(1, 5): display(step(n))\n"

@@ -81,6 +81,7 @@ def test_a_run_fits_a_limit_smaller_than_its_store(limited: Path, tmp_path: Path
     )
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    print(f"peak {summary['peak_memory_bytes'] / 1e6:.0f} MB, limit {LIMIT / 1e6:.0f} MB")
+    print(*(f"{key} {summary[key] / 1e6:.0f} MB" for key in summary if "memory" in key))
     assert summary["steps"] == 3
     assert summary["peak_memory_bytes"] < LIMIT
+    assert summary["planned_memory_bytes"] == pytest.approx(summary["peak_memory_bytes"], rel=0.1)

@@ -35,7 +35,9 @@ def step(number: int, **changes: object) -> StepEvent:
     return dataclasses.replace(event, **changes)
 
 
-START = StartEvent(total_steps=100, trainable_parameters=1000, store_bytes=10**9)
+START = StartEvent(
+    total_steps=100, trainable_parameters=1000, store_bytes=10**9, planned_memory_bytes=10**9
+)
 EVAL = EvalEvent(step=0, loss=2.5, loss_tokens=99, seconds=1.5)
 
 

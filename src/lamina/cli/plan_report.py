@@ -17,6 +17,7 @@ __all__ = ["as_dict", "report"]
 
 _PARTS = {
     "matrix": "matrices",
+    "attention": "attention core",
     "lora": "adapters",
     "elementwise": "between matrices",
     "decode": "decoding weights",

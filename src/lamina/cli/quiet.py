@@ -19,9 +19,6 @@ _SWITCHES = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_VERBOSITY": "error",
-    # How long threads that wait for each other spin before they sleep: the default's milliseconds
-    # take a busy machine's processors, and without any an idle one loses a third (docs/log.md).
-    "GOMP_SPINCOUNT": "10000",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -32,6 +29,7 @@ _LOGGERS = (
     "huggingface_hub",
     "peft",
     "torch",
+    "torch.utils._pytree",  # torch sets the level of "torch" anew when it is imported
     "torchao",
     "transformers",
 )
@@ -40,6 +38,17 @@ _LOGGERS = (
 def debugging() -> bool:
     """Whether the user wants to see everything."""
     return os.environ.get("LAMINA_DEBUG", "") not in ("", "0")
+
+
+def _spin_rounds() -> str:
+    """How long threads that wait for each other spin before they sleep: without spinning an idle
+    machine loses a third of its speed, with it a busy one does (docs/log.md)."""
+    try:
+        with open("/proc/loadavg", encoding="ascii") as file:
+            others = int(file.read().split()[3].partition("/")[0]) - 1
+    except (OSError, ValueError, IndexError):
+        others = 0
+    return "10000" if others < (os.cpu_count() or 1) / 2 else "0"
 
 
 def quiet() -> None:
@@ -51,6 +60,7 @@ def quiet() -> None:
         return
     for name, value in _SWITCHES.items():
         os.environ.setdefault(name, value)
+    os.environ.setdefault("GOMP_SPINCOUNT", _spin_rounds())
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.warnoptions:

@@ -152,7 +152,10 @@ def _report(summary: RunSummary) -> str:
             + (" (interrupted)" if summary.interrupted else ""),
         ),
         ("tokens", f"{summary.tokens:,} ({summary.tokens_per_second:,.0f} a second)"),
-        ("peak memory", size(summary.peak_memory_bytes)),
+        (
+            "peak memory",
+            f"{size(summary.peak_memory_bytes)}, planned {size(summary.planned_memory_bytes)}",
+        ),
     ]
     if summary.dropped_rows:
         lines.append(("left out", f"{rows(summary.dropped_rows)}, longer than max_length"))

@@ -25,12 +25,13 @@ from lamina.data.dataset import Dataset, load_dataset
 from lamina.data.formats import Input
 from lamina.engine.blocks import seed_of
 from lamina.engine.model import Model, open_model
+from lamina.engine.planned import limit_device_memory, plan_run
 from lamina.engine.prepare import Progress
 from lamina.engine.run import RunFolder, RunSummary
 from lamina.engine.sources import Walk
 from lamina.engine.step import Engine, StepResult
 from lamina.errors import DataError, TrainingError
-from lamina.lora.adapter import Adapter, LoraSettings
+from lamina.lora.adapter import Adapter, LoraSettings, check_targets
 from lamina.optim import make_optimizer, make_scheduler
 from lamina.recipe.schema import Recipe
 from lamina.telemetry.events import EvalEvent, Event, EventWriter, StartEvent, StepEvent
@@ -61,9 +62,10 @@ def tune(
     """
     # 1. Everything that can be known to be wrong before training.
     model = open_model(recipe, progress)
-    adapter = Adapter(model.family, lora_settings(recipe), seed=recipe.seed, device=model.device)
+    check_targets(model.family.blocks, lora_settings(recipe).target_modules)
     train_set = load_samples(model, data)
     eval_set = load_samples(model, eval_data) if eval_data else None
+    plan = plan_run(model, train_set)
     steps = plan_steps(
         train_set,
         recipe.tokens_per_step,
@@ -92,6 +94,14 @@ def tune(
             if on_event is not None:
                 on_event(event)
 
+        limit_device_memory(model.device, plan.budgets.vram)
+        adapter = Adapter(
+            model.family,
+            lora_settings(recipe),
+            seed=recipe.seed,
+            device=model.device,
+            experts_device="cpu" if plan.experts_on_host else None,
+        )
         adapter.init_routers(source)
         engine = Engine(
             model.family,
@@ -104,7 +114,16 @@ def tune(
             float8_boundaries=recipe.float8_boundaries,
             on_block=stop.check,
         )
-        trainer = _Trainer(recipe, engine, adapter, steps, train_set.place, run, emit)
+        trainer = _Trainer(
+            recipe,
+            engine,
+            adapter,
+            steps,
+            train_set.place,
+            run,
+            emit,
+            plan.vram if model.device.type == "cuda" else plan.ram,
+        )
         summary = trainer.run(eval_set)
     summary = replace(
         summary,
@@ -191,6 +210,7 @@ class _Trainer:
         place: Callable[[int], str],
         run: RunFolder,
         emit: OnEvent,
+        planned_memory: int,
     ):
         self.recipe = recipe
         self.engine = engine
@@ -205,6 +225,7 @@ class _Trainer:
         self.bytes_read = 0
         self.waited = 0.0
         self.last_loss: float | None = None
+        self.planned_memory = planned_memory
         self.parameters = adapter.parameters()
         self.optimizer = make_optimizer(
             self.parameters,
@@ -230,6 +251,7 @@ class _Trainer:
                 total_steps=len(self.steps),
                 trainable_parameters=self.adapter.num_parameters,
                 store_bytes=self.engine.source.store_bytes,
+                planned_memory_bytes=self.planned_memory,
             )
         )
         try:
@@ -257,6 +279,7 @@ class _Trainer:
             store_bytes_read=self.bytes_read,
             seconds_waited=self.waited,
             peak_memory_bytes=peak_memory(self.engine.device),
+            planned_memory_bytes=self.planned_memory,
             dropped_rows=0,
             interrupted=interrupted,
         )

@@ -117,6 +117,7 @@ class RunSummary:
         store_bytes_read: in training.
         seconds_waited: in which the arithmetic stood still for want of weights.
         peak_memory_bytes: of the process (CPU) or the device (CUDA).
+        planned_memory_bytes: the same as the plan had it.
         dropped_rows: left out because they are too long.
         interrupted: it was ended before its last step.
         shortened_rows: of which a part was trained, because they are too long.
@@ -133,6 +134,7 @@ class RunSummary:
     store_bytes_read: int
     seconds_waited: float
     peak_memory_bytes: int
+    planned_memory_bytes: int
     dropped_rows: int
     interrupted: bool
     shortened_rows: int = 0

@@ -266,6 +266,15 @@ class Recipe(BaseModel):
         description="Tokens that go through a matrix at a time (in attention, whole sequences): "
         "bounds the memory of activations, changes no result.",
     )
+    ram: Size | None = Field(
+        default=None,
+        description="The most of the host's memory that a run may take; null for what there is. "
+        "A run that is planned to take more is refused.",
+    )
+    vram: Size | None = Field(
+        default=None,
+        description="The same for the GPU's memory, which is held to it.",
+    )
     float8_boundaries: bool = Field(
         default=False,
         description="Keep the blocks' inputs as 8-bit floats from the forward to the backward: "

@@ -34,6 +34,8 @@ class StartEvent:
     #: numbers that are trained
     trainable_parameters: int
     store_bytes: int
+    #: of the process (CPU) or the device (CUDA), as the plan has it
+    planned_memory_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,7 @@ HEAVY = {
     "tokenizers",
     "torch",
     "transformers",
+    "triton",
 }
 
 
@@ -134,6 +135,8 @@ def test_imports_point_left() -> None:
         ("engine/step.py", "from lamina import tune"),
         ("errors.py", "import lamina.recipe"),
         ("models/spec.py", "if TYPE_CHECKING:\n    from lamina.store.layout import Store"),
+        ("kernels/nf4.py", "from lamina.store.codec import NF4_CODE"),
+        ("kernels/products.py", "from lamina.models.spec import Linear"),
     ],
 )
 def test_a_wrong_direction_is_seen(file: str, line: str) -> None:
@@ -144,6 +147,7 @@ def test_a_wrong_direction_is_seen(file: str, line: str) -> None:
     ("file", "line"),
     [
         ("store/convert.py", "from lamina.models.spec import Block"),
+        ("lora/experts.py", "from lamina.kernels.products import linear"),
         ("cli/tune.py", "def f():\n    from lamina.engine.loop import tune"),
         ("cli/main.py", "from lamina import __version__"),
         ("__init__.py", "from lamina.engine.loop import tune"),

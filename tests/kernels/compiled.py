@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,29 @@ _ANY = {"rows", "E", "bucket", "n"}
 def compiled(
     kernel: Any, types: dict[str, str], constants: dict[str, Any], card: int, **options: int
 ) -> Any:
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if name not in _ANY}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(types)
+        if name not in _ANY | constants.keys()
+    }
     signature = types | dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)
 
 
 def product(
-    tiles: Tiles, card: int, *, gradient: bool, grouped: bool = False, words: bool = True
+    tiles: Tiles,
+    card: int,
+    *,
+    gradient: bool,
+    grouped: bool = False,
+    words: bool = True,
+    ones: Sequence[str] = (),
 ) -> Any:
+    """
+    Args:
+        ones: sizes that are 1, which a launch compiles in.
+    """
     x = "*bf16" if words else "*fp32"
     pointers = {"x_ptr": x, "codes_ptr": "*i32" if words else "*u8", "absmax_ptr": "*bf16"}
     pointers |= {"levels_ptr": "*fp32", "offsets_ptr": "*i32", "y_ptr": x}
@@ -56,9 +71,10 @@ def product(
         "SWIZZLE": tiles.swizzle,
         "EVEN_N": words,
         "EVEN_K": words,
-        "SPAN": 64 if words else 1,
+        "SPAN": triton_nf4._span(64 if words else 1, tiles.columns if gradient else tiles.depth),
     }
     types = pointers | dict.fromkeys([*sizes, "bucket"], "i32")
+    constants |= dict.fromkeys(ones, 1)
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     return compiled(triton_nf4._product, types, constants, card, **options)
 
@@ -98,6 +114,15 @@ def test_a_product(tiles: Tiles, gradient: bool, grouped: bool, card: int, tmp_p
 def test_any_shape_in_fp32() -> None:
     for gradient in (False, True):
         assert product(triton_nf4._PLAIN_TILES, 80, gradient=gradient, words=False).asm["cubin"]
+
+
+@pytest.mark.parametrize("ones", [("rows", "E"), ("rows", "E", "outs", "ins", "y_stride")], ids=str)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_sizes_of_one(gradient: bool, ones: tuple[str, ...]) -> None:
+    words = "ins" not in ones
+    tiles = triton_nf4._PLAIN_TILES
+
+    assert product(tiles, 80, gradient=gradient, words=words, ones=ones).asm["cubin"]
 
 
 @pytest.mark.parametrize("card", [80, 90])

@@ -24,6 +24,7 @@ from lamina.data.messages import (
     Tokens,
     ToolCall,
 )
+from lamina.data.parallel import cores
 from lamina.data.template import Renderer
 from lamina.errors import DataError
 
@@ -315,9 +316,22 @@ def test_examples_are_taken_only_a_little_ahead(renderer: Renderer) -> None:
 
     results = renderer.render_many(examples())
     next(results)
-    assert taken < 10_000
+    assert taken <= 128 * (cores() + 1)
     results.close()  # type: ignore[attr-defined]
     assert threading.active_count() == threads
+
+
+def test_long_examples_are_taken_one_by_one(renderer: Renderer) -> None:
+    taken = 0
+
+    def examples() -> Iterator[Example]:
+        nonlocal taken
+        while taken < 40:
+            taken += 1
+            yield Text("word " * 250_000)
+
+    next(renderer.render_many(examples()))
+    assert taken <= cores() + 1
 
 
 def test_a_caller_s_truncation_does_not_cut(smol: Any) -> None:

@@ -39,8 +39,8 @@ __all__ = ["Renderer", "Sample", "TemplateName", "answered"]
 
 TemplateName = Literal["auto", "tokenizer", "llama4", "mixtral"]
 
-#: How many examples go to the tokenizer at once.
-_CHUNK = 128
+#: How many examples go to the tokenizer at once, and how many characters at least end that.
+_CHUNK, _CHUNK_CHARS = 128, 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,15 +160,24 @@ class Renderer:
         self, source: Iterator[Example | RowError]
     ) -> Iterator[tuple[list[list[_Draft] | RowError], list[list[Piece]]]]:
         """Drafts of the examples, some at a time, and the pieces of all these drafts."""
-        while chunk := list(islice(source, _CHUNK)):
-            groups: list[list[_Draft] | RowError] = []
-            for example in chunk:
-                try:
-                    groups.append(self._drafts(example))
-                except RowError as error:
-                    groups.append(error)
-            drafts = (group for group in groups if not isinstance(group, RowError))
-            yield groups, [draft.pieces for group in drafts for draft in group]
+        groups: list[list[_Draft] | RowError] = []
+        samples: list[list[Piece]] = []
+        size = 0
+        for example in source:
+            try:
+                drafts = self._drafts(example)
+                groups.append(drafts)
+            except RowError as error:
+                drafts = []
+                groups.append(error)
+            for draft in drafts:
+                samples.append(draft.pieces)
+                size += sum(len(piece.text) for piece in draft.pieces)
+            if len(groups) == _CHUNK or size >= _CHUNK_CHARS:
+                yield groups, samples
+                groups, samples, size = [], [], 0
+        if groups:
+            yield groups, samples
 
     def _assembled(
         self, group: list[_Draft] | RowError, encoded: Iterator[list[list[int]]], row: int

@@ -279,11 +279,12 @@ def test_sequences_matter_to_attention() -> None:
     recipe = load_recipe("mixtral-8x22b-24gb", {"max_length": 8192})
     machine = described_machine(find_card("4090"), ram=128 * GIB)
     short, long = (
-        make_plan(recipe, model_shape(recipe), machine, sequences=Sequences(n, n)).time.matrix
+        make_plan(recipe, model_shape(recipe), machine, sequences=Sequences(n, n)).time
         for n in (256, 8192)
     )
 
-    assert 1.03 < long / short < 1.3
+    assert long.attention == pytest.approx(32 * short.attention)
+    assert 1.03 < long.seconds / short.seconds < 1.3
 
 
 def test_a_plan_is_json() -> None:

@@ -9,14 +9,12 @@ T = tokens of the step, H = hidden size, A = query heads, D = head dimension, I 
 
 from __future__ import annotations
 
-import math
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 from lamina.plan.shapes import BlockShape, ExpertsShape, ModelShape
-from lamina.plan.work import Setting, adapted, expert_adapted
+from lamina.plan.work import Setting, adapted, expert_adapted, kernel_shapes, kernels_kept
 from lamina.recipe.schema import Recipe
 
 __all__ = [
@@ -36,9 +34,8 @@ Place = Literal["vram", "ram"]
 _LIBRARIES = 440_000_000
 #: The context, code and libraries of CUDA on the device; and the same on the host's side.
 _CUDA_CONTEXT, _CUDA_HOST = 900 << 20, 1500 << 20
-#: oneDNN compiles a kernel for each shape of a product and keeps this many of this size
-#: (`engine/__init__.py` sets the number).
-_KERNEL, _KERNELS = 700_000, 512
+#: A kernel that oneDNN compiled for a shape of a product.
+_KERNEL = 700_000
 #: What the C library's allocator keeps of temporaries once they are freed, in widths of the widest
 #: visit. It hands back what is larger than its threshold, so no more than a few of these stay.
 _KEPT, _KEPT_MOST = 2, 4 * (32 << 20)
@@ -246,7 +243,8 @@ def step_buffers(
         Buffer("workspace", device, widest, f"the widest visit: {what}"),
     ]
     if not cuda:
-        count = _kernels(shape, setting, tokens, longest, equal_lengths)
+        met = sum(kernel_shapes(shape, setting, tokens))
+        count = min(met, kernels_kept()) if equal_lengths else kernels_kept()
         kept = min(_KEPT * widest, _KEPT_MOST)
         buffers += [
             Buffer("kernels", "ram", count * _KERNEL, "products, compiled for each shape"),
@@ -285,26 +283,3 @@ def _attention(shape: ModelShape, setting: Setting, block: BlockShape) -> int:
 def _expert_rows(experts: ExpertsShape, shape: ModelShape, setting: Setting, tokens: int) -> int:
     """Rows that go through an expert at once: its tokens, twice the mean being common, in parts."""
     return min(setting.group_tokens, 64 + 2 * tokens * shape.top_k // experts.count)
-
-
-def _kernels(
-    shape: ModelShape, setting: Setting, tokens: int, longest: int, equal_lengths: bool
-) -> int:
-    """Shapes of products that a step meets, up to those that are kept."""
-    most = int(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS))
-    if not equal_lengths:
-        return most
-    trained = adapters(shape, setting)
-    kinds = len({(m.out, m.in_) for block in shape.body for m in block.matrices})
-    dense = kinds * (2 + 6 * (trained.dense > 0))
-    attention = 4 * -(-min(longest, setting.length) // 64)
-    blocks = [block.experts for block in shape.body if block.experts is not None]
-    if not blocks:
-        return min(most, dense + attention)
-    # Routing is uneven: as a rule of thumb, an expert's rows are distributed exponentially. Up to
-    # 64 are taken as they are; more are filled up to multiples of 64, in parts of `group_tokens`.
-    visits, mean = len(blocks) * blocks[0].count, tokens * shape.top_k / blocks[0].count
-    few = visits * (1 - math.exp(-64 / mean))
-    rows = 64 * (1 - math.exp(-few / 64))
-    rows += min(setting.group_tokens, mean * math.log(visits)) / 64
-    return min(most, int(dense + attention + rows * (4 + 12 * (trained.experts > 0))))

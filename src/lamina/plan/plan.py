@@ -168,7 +168,7 @@ class Plan:
                 "parts_seconds": {
                     part: getattr(time, part)
                     for part in (
-                        *("matrix", "lora", "elementwise", "decode"),
+                        *("matrix", "attention", "lora", "elementwise", "decode"),
                         *("calls", "head", "update"),
                     )
                 },

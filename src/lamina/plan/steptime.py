@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -17,7 +17,18 @@ from lamina.plan.hardware import Hardware
 from lamina.plan.memory import Boundaries, adapters
 from lamina.plan.shapes import BlockShape, ModelShape
 from lamina.plan.simulate import Pipeline, cached_units, simulate
-from lamina.plan.work import BlockWork, Setting, Work, block_work, head_work, seconds, trains
+from lamina.plan.work import (
+    BlockWork,
+    Setting,
+    Work,
+    block_work,
+    expert_rows,
+    head_work,
+    kernel_shapes,
+    kernels_kept,
+    seconds,
+    trains,
+)
 
 __all__ = ["UPDATE_BYTES", "Sizes", "StepTime", "Timing"]
 
@@ -48,8 +59,9 @@ class StepTime:
 
     Args:
         seconds: of the step.
-        matrix, lora, elementwise, decode: of the blocks' visits: products with frozen matrices,
-            products of adapters, work between products, decoding of weights.
+        matrix, attention, lora, elementwise, decode: of the blocks' visits: products with frozen
+            matrices, of the attention core and of adapters, work between products, decoding of
+            weights.
         calls: what operations take however small they are.
         head, update: of the head with its gradient, and of the optimizer.
         reads, copies: how long the disk and the bus are busy, behind all that where it is possible.
@@ -59,6 +71,7 @@ class StepTime:
     tokens: int
     seconds: float
     matrix: float
+    attention: float
     lora: float
     elementwise: float
     decode: float
@@ -72,8 +85,8 @@ class StepTime:
     @property
     def busy(self) -> float:
         """How long the device computes."""
-        work = self.matrix + self.lora + self.elementwise + self.decode + self.calls
-        return work + self.head + self.update
+        products = self.matrix + self.attention + self.lora
+        return products + self.elementwise + self.decode + self.calls + self.head + self.update
 
     @property
     def waiting(self) -> float:
@@ -195,11 +208,18 @@ class Timing:
             size = max(self.setting.group_tokens, self.setting.length)
             groups = -(-tokens // size)
             return work.token * tokens + work.group * groups + work.unit
-        rows = tokens * self.shape.top_k / visit.experts
         # With few tokens some experts have none, and then neither decoding nor calls.
-        chosen = 1 - (1 - self.shape.top_k / visit.experts) ** tokens
+        rows, chosen = expert_rows(tokens, self.shape.top_k, visit.experts)
         parts = math.ceil(rows / self.setting.group_tokens) * chosen
-        return work.row * rows + work.part * parts + work.expert * chosen
+        part = replace(work.part, compiles=work.part.compiles * self._missing(tokens))
+        return work.row * rows + part * parts + work.expert * chosen
+
+    def _missing(self, tokens: int) -> float:
+        """The share of experts' products whose kernel was dropped since it was last used."""
+        if self.hardware.device == "cuda":
+            return 0.0
+        dense, experts = kernel_shapes(self.shape, self.setting, tokens)
+        return max(0.0, 1 - kernels_kept() / max(1, dense + experts))
 
     def _seconds(self, work: Work) -> float:
         return seconds(work, self.hardware, self._dtype, self.setting.r)
@@ -310,6 +330,7 @@ class Timing:
     ) -> StepTime:
         parts = {
             "matrix": self._seconds(Work(matrix=total.matrix)),
+            "attention": self._seconds(Work(attention=total.attention)),
             "lora": self._seconds(Work(lora=total.lora)),
             "elementwise": self._seconds(Work(elementwise=total.elementwise)),
             "decode": self._seconds(Work(decode=total.decode)),

@@ -13,13 +13,29 @@ R = rank.
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 
 from lamina.plan.hardware import Hardware
 from lamina.plan.shapes import BlockShape, Matrix, ModelShape
 
-__all__ = ["NORM_BYTES", "BlockWork", "Setting", "Work", "block_work", "head_work", "seconds"]
+__all__ = [
+    "NORM_BYTES",
+    "BlockWork",
+    "Setting",
+    "Work",
+    "adapted",
+    "block_work",
+    "expert_adapted",
+    "expert_rows",
+    "head_work",
+    "kernel_shapes",
+    "kernels_kept",
+    "seconds",
+    "trains",
+]
 
 #: A root-mean-square norm with its fp32 copies, forward and backward: bytes an element.
 NORM_BYTES, _NORM_BACK_BYTES = 36, 50
@@ -27,9 +43,18 @@ NORM_BYTES, _NORM_BACK_BYTES = 36, 50
 _QUERY_BLOCK = 64
 #: The head's softmax in fp32 and back: bytes a logit.
 _SOFTMAX = 44
+#: The attention core's products have a side of 64 or 128, and reach this share of large ones' rate.
+_CORE_SHARE = 0.65
+#: An expert's rows are filled up to multiples of this (`lora/experts.py`).
+_ROWS = 64
+#: oneDNN compiles a kernel for each shape of a product, which takes so many seconds, and keeps so
+#: many of them (`engine/__init__.py` sets the number).
+_COMPILE, _KERNELS = 3e-4, 512
 #: Seconds that an operation takes however small it is: on CPU the threads' meeting, on CUDA the
 #: launch, which runs ahead of the device and so only counts where the device would be faster.
 _CPU_CALL, _CUDA_CALL = 6e-6, 6e-6
+#: Calls that taking a unit from the stream and decoding it comes to.
+_TAKE = 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,34 +62,42 @@ class Work:
     """An amount of work.
 
     Args:
-        matrix, lora: floating-point operations of frozen matrices and of adapters.
+        matrix, attention, lora: floating-point operations of frozen matrices, of the attention
+            core and of adapters.
         elementwise: bytes.
         decode: quantized weights.
         calls: operations, whatever their size.
+        compiles: kernels that are no longer there when they are needed again.
     """
 
     matrix: float = 0.0
+    attention: float = 0.0
     lora: float = 0.0
     elementwise: float = 0.0
     decode: float = 0.0
     calls: float = 0.0
+    compiles: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         return Work(
             self.matrix + other.matrix,
+            self.attention + other.attention,
             self.lora + other.lora,
             self.elementwise + other.elementwise,
             self.decode + other.decode,
             self.calls + other.calls,
+            self.compiles + other.compiles,
         )
 
     def __mul__(self, factor: float) -> Work:
         return Work(
             self.matrix * factor,
+            self.attention * factor,
             self.lora * factor,
             self.elementwise * factor,
             self.decode * factor,
             self.calls * factor,
+            self.compiles * factor,
         )
 
 
@@ -99,7 +132,7 @@ class BlockWork:
         token: of its dense part, a token.
         row: of one routed expert, a token that goes to it.
         group: of its dense part whatever the tokens, for each group of them.
-        part: of one routed expert, for each part of its rows.
+        part: of one routed expert, for each part of its rows; `compiles` are all of its products.
         unit, expert: whatever the tokens: decoding of the dense unit, and of one expert.
     """
 
@@ -203,7 +236,7 @@ def _block_work(
 ) -> BlockWork:
     norms = 2 if block.kind == "moe" else 1
     weights = sum(p.out * p.in_ for p in block.products)
-    unit = Work(decode=weights * setting.quantized)
+    unit = Work(decode=weights * setting.quantized, calls=_TAKE)
     token = _dense_passes(shape, block, setting, backward)
     group = Work(calls=(60 if backward else 30) * norms)
     for product in block.products:
@@ -218,7 +251,9 @@ def _block_work(
     token += Work(matrix=router * ((3 + setting.train_router) if backward else 1))
     row, part = _expert(shape, block.gate_up, block.down, setting, backward)
     expert = sum(p.out * p.in_ for p in (block.gate_up, block.down))
-    return BlockWork(token, row, group, part, unit, Work(decode=expert * setting.quantized))
+    return BlockWork(
+        token, row, group, part, unit, Work(decode=expert * setting.quantized, calls=_TAKE)
+    )
 
 
 def _product(product: _Product, r: int, backward: bool, input_grad: bool) -> tuple[Work, Work]:
@@ -227,11 +262,11 @@ def _product(product: _Product, r: int, backward: bool, input_grad: bool) -> tup
     size = 2.0 * out * in_
     if not backward:
         lora = 2.0 * r * (in_ + out) * product.lora
-        return Work(size, lora), _casts(product, r, 1, 3)
+        return Work(size, lora=lora), _casts(product, r, 1, 3)
     again = 0.0 if product.skipped else 1.0
     lora = 2.0 * r * (again * (in_ + out) + 2 * out + 2 * in_ + input_grad * in_)
     casts = _casts(product, r, again + 1 + input_grad / 2, 16)
-    return Work(size * (again + input_grad), lora * product.lora), casts
+    return Work(size * (again + input_grad), lora=lora * product.lora), casts
 
 
 def _casts(product: _Product, r: int, times: float, calls: int) -> Work:
@@ -269,11 +304,11 @@ def _core(shape: ModelShape, block: _Alike, setting: Setting, backward: bool) ->
     blocks = -(-piece // _QUERY_BLOCK) * setting.blocked
     if not backward:
         passes = item * (20 * q + 14 * kv + 2 * scores)
-        return Work(product, 0.0, passes), Work(calls=30 + 8 * blocks)
+        return Work(attention=product, elementwise=passes), Work(calls=30 + 8 * blocks)
     # Each block of queries gives the keys and values a gradient of the whole piece's size.
     passes = item * (44 * q + 26 * kv + 5 * scores + 10 * kv * blocks)
     times = 3.0 if setting.blocked else 3.5
-    return Work(times * product, 0.0, passes), Work(calls=90 + 30 * blocks)
+    return Work(attention=times * product, elementwise=passes), Work(calls=90 + 30 * blocks)
 
 
 def _expert(
@@ -292,7 +327,9 @@ def _expert(
             lora=gate_up_lora * (h + gate_up.out) + down_lora * (h + i),
             elementwise=item * (7 * h + 5 * i),
         )
-        return row, Work(elementwise=6.0 * factors, calls=14 + 5 * adapters)
+        return row, Work(
+            elementwise=6.0 * factors, calls=14 + 5 * adapters, compiles=2 + 2 * adapters
+        )
     # The down projection isn't computed again; its gradient's factors are used twice where the
     # routing weight multiplies the output.
     twice = 0 if shape.scale_input else 1
@@ -302,7 +339,43 @@ def _expert(
         elementwise=item * (9 * h + 21 * i),
     )
     # Casts, and the gradient's sum: read twice, written once, in fp32.
-    return row, Work(elementwise=(6.0 * 2.5 + 18.0) * factors, calls=28 + 16 * adapters)
+    elementwise = (6.0 * 2.5 + 18.0) * factors
+    return row, Work(elementwise=elementwise, calls=28 + 16 * adapters, compiles=3 + 5 * adapters)
+
+
+def kernels_kept() -> int:
+    """How many compiled kernels are kept at once, on CPU."""
+    return int(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS))
+
+
+def kernel_shapes(shape: ModelShape, setting: Setting, tokens: int) -> tuple[int, int]:
+    """The shapes of products that a step of sequences of one length meets, in dense blocks and in
+    experts."""
+    body, targets = shape.body, setting.targets
+    kinds = {(m.out, m.in_, adapted(m, targets)) for block in body for m in block.matrices}
+    dense = sum(2 + 6 * lora for _, _, lora in kinds) + 4 * -(-setting.length // _QUERY_BLOCK)
+    mixtures = [block.experts for block in body if block.experts is not None]
+    if not mixtures:
+        return dense, 0
+    one, visits = mixtures[0], len(mixtures) * mixtures[0].count
+    # Few rows are taken as they are; more are filled up, in parts of at most `group_tokens`.
+    mean = tokens * shape.top_k / one.count
+    few = visits * (1 - math.exp(-_ROWS / mean))
+    rows = _ROWS * (1 - math.exp(-few / _ROWS))
+    rows += min(setting.group_tokens, mean * math.log(visits)) / _ROWS
+    adapters = sum(expert_adapted(m, targets) for m in (one.gate_up, one.down))
+    return dense, int(rows * (4 + 6 * adapters))
+
+
+def expert_rows(tokens: float, top_k: int, experts: int) -> tuple[float, float]:
+    """The rows that an expert computes, with those of zeros, and the chance that it has any.
+
+    Routing is uneven; as a rule of thumb, an expert's tokens are distributed exponentially.
+    """
+    rows = tokens * top_k / experts
+    # More than 64 are filled up, by half of 64 on average.
+    filled = rows + _ROWS / 2 * math.exp(-_ROWS / rows)
+    return filled, 1 - (1 - top_k / experts) ** tokens
 
 
 def head_work(shape: ModelShape, item: int) -> tuple[Work, Work]:
@@ -321,10 +394,11 @@ def seconds(work: Work, hardware: Hardware, dtype: str, r: int) -> float:
     lora = min(hardware.lora * r / 16, hardware.matrix(dtype))
     busy = (
         work.matrix / hardware.matrix(dtype)
+        + work.attention / (_CORE_SHARE * hardware.matrix(dtype))
         + work.lora / lora
         + work.elementwise / hardware.elementwise
         + work.decode / hardware.decode
     )
     if hardware.device == "cuda":
         return max(busy, work.calls * _CUDA_CALL)
-    return busy + work.calls * _CPU_CALL
+    return busy + work.calls * _CPU_CALL + work.compiles * _COMPILE

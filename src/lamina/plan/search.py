@@ -134,12 +134,15 @@ def _smaller(plan: Plan) -> dict[str, list[Any]]:
     """For each key that memory depends on, smaller values, falling. The keys whose change costs
     least come first."""
     recipe, store = plan.recipe, plan.store_bytes
-    shares = [100 * plan.cache / store * part for part in (0.75, 0.5, 0.25, 0.0)]
+    shares = {100 * plan.cache / store * part for part in (0.75, 0.5, 0.25, 0.0)}
+    left = plan.cache - (plan.ram - plan.budgets.ram)  # what the RAM has room for
+    if 0 < left < plan.cache:
+        shares.add(100 * left // store)
     tokens = [recipe.tokens_per_step >> n for n in range(1, 8)]
     largest = plan.shape.largest_unit(recipe.codec)
     states = [name for name in _OPTIMIZERS if name in choices("optim")]
     options: dict[str, list[Any]] = {
-        "cache": [f"{share:.3g}%" for share in shares] if plan.cache else [],
+        "cache": [f"{share:.3g}%" for share in sorted(shares, reverse=True)] if plan.cache else [],
         "group_tokens": [
             n for n in (recipe.group_tokens >> 1, recipe.group_tokens >> 2) if n >= 256
         ],

@@ -16,8 +16,8 @@ Under `TRITON_INTERPRET=1` the kernels run on a CPU. There PTX is replaced by th
 products take fp32 operands, since the interpreter's bf16 product is wrong, and rounding is spelled
 out, since the interpreter cuts off.
 
-P = rows, O = out features, I = in features, E = experts. K is what a product sums over, N the
-output's columns: I and O for `x @ W^T`, O and I for `dy @ W`.
+P = rows, O = out features (`outs` in the kernels), I = in features (`ins`), E = experts. K is what
+a product sums over, N the output's columns: I and O for `x @ W^T`, O and I for `dy @ W`.
 """
 
 import math

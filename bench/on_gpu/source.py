@@ -145,6 +145,8 @@ class PinnedSource:
         self._announced: Walk | None = None
         self._stats = StreamStats()
         self._waits: list[tuple[Any, Any]] = []
+        # The other streams may write at once where the one that computes has just been given room.
+        machine.synchronize()
 
     def _new_rooms(self, units: list[Unit]) -> list[_Room]:
         numel = max(sum(_numel(t.shape) for t in unit.layout.tensors) for unit in units)

@@ -6,6 +6,9 @@ Measures the machine first, as `lamina doctor` does. Then, for both small models
 step, LoRA on attention and on attention and all experts: one optimizer step after one that warms
 up, each in a process of its own. A peak is the resident set, Python and libraries included.
 Prints a Markdown table. The goals: time within 15%, memory within 10%.
+
+--one-thread is for a machine that has other work: rates and steps are those of one thread, by its
+processor time, which leaves the others' share out.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,6 +56,16 @@ def text(model: str, count: int, length: int) -> list[list[int]]:
     return [ids[n * length : (n + 1) * length] for n in range(count)]
 
 
+def clock_of(job: dict[str, Any]) -> Callable[[], float]:
+    """What time is taken by."""
+    if not job["one_thread"]:
+        return time.monotonic
+    import torch
+
+    torch.set_num_threads(1)
+    return time.thread_time
+
+
 def step(job: dict[str, Any]) -> dict[str, Any]:
     """One optimizer step, as a run makes it, after one that warms up."""
     from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -76,7 +90,7 @@ def step(job: dict[str, Any]) -> dict[str, Any]:
         weight_decay=0.0,
     )
     batch = make_batch([(ids, [True] * len(ids)) for ids in job["text"]])
-    seconds, waited = 0.0, 0.0
+    clock, seconds = clock_of(job), 0.0
     with model.streamed() as source:
         engine = Engine(
             model.family,
@@ -86,23 +100,22 @@ def step(job: dict[str, Any]) -> dict[str, Any]:
             logits_bytes=model.logits_bytes,
         )
         for number in range(2):
-            start = time.monotonic()
+            start = clock()
             adapter.zero_grad()
             engine.forward_backward(batch, then="step" if number == 0 else None)
             grads = [p.grad for p in adapter.parameters() if p.grad is not None]
             clip_grads_with_norm_(adapter.parameters(), 1.0, get_total_norm(grads))
             optimizer.step()
-            seconds = time.monotonic() - start
-            waited = source.take_stats().seconds_waited
+            seconds = clock() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": seconds, "peak": peak, "waited": waited}
+    return {"seconds": seconds, "peak": peak}
 
 
 def machine(job: dict[str, Any]) -> dict[str, Any]:
     """What `lamina doctor` measures."""
     from lamina.plan.measure import measure_machine
 
-    return asdict(measure_machine())
+    return asdict(measure_machine(clock=clock_of(job)))
 
 
 KINDS = {"step": step, "machine": machine}
@@ -132,6 +145,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--models", nargs="+", default=["mini-mixtral", "mini-maverick"])
     parser.add_argument("--experts", choices=("both", "with", "without"), default="both")
+    parser.add_argument("--one-thread", action="store_true")
     parser.add_argument("--machine", type=Path, help="JSON of measured rates, to leave that out")
     parser.add_argument("--child", nargs=2, metavar=("KIND", "JOB"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -148,7 +162,8 @@ def compare(args: argparse.Namespace) -> None:
     from lamina.plan.shapes import model_shape
     from lamina.recipe.load import load_recipe
 
-    rates = json.loads(args.machine.read_text()) if args.machine else measure("machine", {})
+    alike = {"one_thread": args.one_thread}
+    rates = json.loads(args.machine.read_text()) if args.machine else measure("machine", alike)
     here = Hardware(**rates)
     print(
         f"{here.name}: bf16 {here.bf16 / 1e9:.0f} GFLOP/s, rank 16 {here.lora / 1e9:.0f} GFLOP/s, "
@@ -165,7 +180,8 @@ def compare(args: argparse.Namespace) -> None:
     for model in args.models:
         for experts in cases:
             for count in args.sequences:
-                job = {"model": model, "experts": experts, "count": count, "length": args.length}
+                job = alike | {"model": model, "experts": experts, "count": count}
+                job["length"] = args.length
                 recipe = load_recipe(model, overrides(job))
                 plan = make_plan(
                     recipe,

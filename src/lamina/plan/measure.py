@@ -37,6 +37,9 @@ __all__ = ["Progress", "Shapes", "measure_disk", "measure_machine"]
 #: Told what is being measured.
 Progress = Callable[[str], None]
 
+#: Seconds from somewhere on.
+Clock = Callable[[], float]
+
 #: Seconds that each measurement takes at least.
 _SECONDS = 1.0
 #: Bytes of the file that is read, and of one read; reads in flight.
@@ -45,8 +48,12 @@ _PIECE = 4 << 20
 _THREADS = 4
 
 
-def measure_machine(progress: Progress | None = None) -> Hardware:
+def measure_machine(progress: Progress | None = None, *, clock: Clock = time.monotonic) -> Hardware:
     """This machine's rates, in under a minute.
+
+    Args:
+        clock: what arithmetic is timed by; `time.thread_time` with a single thread leaves out what
+            other programs take of a CPU.
 
     Raises:
         OSError: nothing can be written under lamina's home.
@@ -54,20 +61,21 @@ def measure_machine(progress: Progress | None = None) -> Hardware:
     say = progress or (lambda what: None)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
+    watch = _Watch(device, clock)
     hardware = _described(cuda)
     say("direct reads")
     disk = measure_disk(home())
     if cuda:
         say("copies to the device")
-        hardware = replace(hardware, bus=_bus(device))
+        hardware = replace(hardware, bus=_bus(watch))
     say("matrix products")
-    bf16, fp32 = (_matrix(device, dtype) for dtype in (torch.bfloat16, torch.float32))
+    bf16, fp32 = (_matrix(watch, dtype) for dtype in (torch.bfloat16, torch.float32))
     say("products of adapters")
-    lora = _lora(device)
+    lora = _lora(watch)
     say("elementwise work")
-    elementwise = _elementwise(device)
+    elementwise = _elementwise(watch)
     say("decoding of NF4 weights")
-    decoded = _decode(device)
+    decoded = _decode(watch)
     say("updates of adapters")
     return replace(
         hardware,
@@ -78,7 +86,7 @@ def measure_machine(progress: Progress | None = None) -> Hardware:
         lora=lora,
         elementwise=elementwise,
         decode=decoded,
-        host=_update(),
+        host=_update(clock),
     )
 
 
@@ -150,24 +158,34 @@ def _read_rate(name: str, pieces: int) -> float:
 # --- arithmetic
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The faster quarter's last of a second of repetitions, after one that warms up: what else runs
-    now and then isn't the machine's."""
-    work()
-    times: list[float] = []
-    begin = time.monotonic()
-    while len(times) < 5 or time.monotonic() - begin < _SECONDS:
-        _wait(device)
-        start = time.monotonic()
+@dataclass(frozen=True)
+class _Watch:
+    """Takes the time of work on a device.
+
+    Args:
+        clock: seconds from somewhere on.
+    """
+
+    device: torch.device
+    clock: Clock
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """The faster quarter's last of a second of repetitions, after one that warms up: what else
+        runs now and then isn't the machine's."""
         work()
-        _wait(device)
-        times.append(time.monotonic() - start)
-    return statistics.quantiles(times, n=4)[0]
+        times: list[float] = []
+        begin = time.monotonic()
+        while len(times) < 5 or time.monotonic() - begin < _SECONDS:
+            self._wait()
+            start = self.clock()
+            work()
+            self._wait()
+            times.append(self.clock() - start)
+        return statistics.quantiles(times, n=4)[0]
 
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 @dataclass(frozen=True)
@@ -189,8 +207,9 @@ def _randn(*shape: int, device: torch.device, dtype: torch.dtype = torch.bfloat1
     return torch.randn(*shape, device=device).to(dtype)
 
 
-def _matrix(device: torch.device, dtype: torch.dtype) -> float:
+def _matrix(watch: _Watch, dtype: torch.dtype) -> float:
     """FLOP/s of experts' products, in a forward and in a gradient of activations."""
+    device = watch.device
     s = _shapes(device)
     x = _randn(s.rows, s.hidden, device=device, dtype=dtype)
     h = _randn(s.rows, s.intermediate, device=device, dtype=dtype)
@@ -213,11 +232,12 @@ def _matrix(device: torch.device, dtype: torch.dtype) -> float:
         torch.mm(x, down)
 
     flops = 2.0 * s.rows * s.hidden * s.intermediate * (2 + 1 + 2 + 1)
-    return flops / _seconds(work, device)
+    return flops / watch.seconds(work)
 
 
-def _lora(device: torch.device) -> float:
+def _lora(watch: _Watch) -> float:
     """FLOP/s of the products of an adapter of rank 16 on gate_up: forward, and gradients."""
+    device = watch.device
     s, r = _shapes(device), 16
     wide = 2 * s.intermediate
     x, y = _randn(s.rows, s.hidden, device=device), _randn(s.rows, wide, device=device)
@@ -233,12 +253,13 @@ def _lora(device: torch.device) -> float:
         dx.addmm_(dz, a, alpha=1e-6)
 
     flops = 2.0 * r * s.rows * (3 * s.hidden + 3 * wide)
-    return flops / _seconds(work, device)
+    return flops / watch.seconds(work)
 
 
-def _elementwise(device: torch.device) -> float:
+def _elementwise(watch: _Watch) -> float:
     """Bytes/s, as `work` counts them, of what surrounds an expert's products: the norm before it,
     and its gates forward and backward."""
+    device = watch.device
     s = _shapes(device)
     x, weight = _randn(s.rows, s.hidden, device=device), _randn(s.hidden, device=device)
     gate_up = _randn(s.rows, 2 * s.intermediate, device=device)
@@ -257,11 +278,12 @@ def _elementwise(device: torch.device) -> float:
     # In passes over an intermediate: silu 2, its product 3, the weight's gradient 5, three more
     # products and silu's gradient 3 each.
     nbytes = s.rows * (NORM_BYTES * s.hidden + 2 * (2 + 3 + 5 + 3 + 3 + 3) * s.intermediate)
-    return nbytes / _seconds(work, device)
+    return nbytes / watch.seconds(work)
 
 
-def _decode(device: torch.device) -> float:
+def _decode(watch: _Watch) -> float:
     """Weights/s from NF4 to bf16, into memory used before."""
+    device = watch.device
     s = _shapes(device)
     shape = (2 * s.intermediate, s.hidden)
     out = torch.empty(shape, dtype=torch.bfloat16, device=device)
@@ -269,18 +291,18 @@ def _decode(device: torch.device) -> float:
     pieces = cycle(
         [{suffix: t.clone().to(device) for suffix, t in encoded.items()} for _ in range(s.copies)]
     )
-    taken = _seconds(lambda: decode(next(pieces), shape, "nf4", torch.bfloat16, out), device)
+    taken = watch.seconds(lambda: decode(next(pieces), shape, "nf4", torch.bfloat16, out))
     return out.numel() / taken
 
 
-def _bus(device: torch.device) -> float:
+def _bus(watch: _Watch) -> float:
     """Bytes/s from pinned memory to the device."""
     there = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=True)
-    here = torch.empty_like(there, device=device)
-    return there.numel() / _seconds(lambda: here.copy_(there, non_blocking=True), device)
+    here = torch.empty_like(there, device=watch.device)
+    return there.numel() / watch.seconds(lambda: here.copy_(there, non_blocking=True))
 
 
-def _update() -> float:
+def _update(clock: Clock) -> float:
     """Bytes/s, as a plan counts them, of an update of adapters in the host's memory."""
     count = 2 << 20
     parameter = nn.Parameter(torch.zeros(count))
@@ -300,4 +322,4 @@ def _update() -> float:
         parameter.grad.mul_(0.999)
         optimizer.step()
 
-    return UPDATE_BYTES["adamw_8bit"] * count / _seconds(work, torch.device("cpu"))
+    return UPDATE_BYTES["adamw_8bit"] * count / _Watch(torch.device("cpu"), clock).seconds(work)

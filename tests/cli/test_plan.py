@@ -64,7 +64,7 @@ def test_a_plan_that_does_not_fit(run: Lamina) -> None:
 
 def test_what_it_proposes_fits(run: Lamina) -> None:
     _, out, _ = run(*MAVERICK, "--ram", "48")
-    proposal = out.split("any of these:\n")[1].splitlines()[0].split("  (")[0].split()
+    proposal = out.split("any of these:\n")[1].splitlines()[0].split("tokens/s")[1].split()
 
     code, again, _ = run(*MAVERICK, "--ram", "48", *proposal)
 

@@ -119,7 +119,8 @@ def _fitting(plan: Plan) -> Iterator[str]:
     if plan.fits:
         better = faster(plan)
         if better is not None:
-            yield f"Faster on the same machine: {_described(better)}"
+            yield "Faster on the same machine:"
+            yield _described(better)
         return
     for problem in plan.problems:
         yield textwrap.fill(f"- {problem}", _WIDTH, subsequent_indent="  ")
@@ -127,7 +128,7 @@ def _fitting(plan: Plan) -> Iterator[str]:
     if variants:
         yield "It would fit with any of these:"
         for variant in variants:
-            yield f"  {_described(variant)}"
+            yield _described(variant)
         return
     least = least_memory(plan)
     gpu = f" and {size(least.vram)} of GPU memory" if plan.hardware.device == "cuda" else ""
@@ -135,7 +136,18 @@ def _fitting(plan: Plan) -> Iterator[str]:
 
 
 def _described(variant: Variant) -> str:
-    return f"{variant.overrides}  ({variant.plan.time.tokens_per_second:,.0f} tokens/s)"
+    import textwrap
+
+    speed = f"{variant.plan.time.tokens_per_second:,.0f} tokens/s"
+    first, rest = f"  {speed:>15}  ", " " * 19
+    return textwrap.fill(
+        variant.overrides,
+        _WIDTH,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _memory(plan: Plan) -> Iterator[str]:

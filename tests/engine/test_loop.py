@@ -210,3 +210,23 @@ def test_ctrl_c_leaves_a_loadable_adapter(
     assert summary["interrupted"]
     assert summary["steps"] == len(steps) >= 2
     assert math.isfinite(evaluate(run, [chats]).loss)
+
+
+def test_a_run_that_does_not_fit_is_refused_before_it_starts(
+    recipe: Recipe, chats: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match="doesn't fit") as caught:
+        tune(recipe.model_copy(update={"ram": "200MB"}), data=[chats], out=tmp_path / "run")
+    (problem,) = caught.value.problems
+    assert "0.2 GB may be used" in problem
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_remembers_what_was_planned(recipe: Recipe, chats: Path, tmp_path: Path) -> None:
+    summary = tune(recipe.model_copy(update={"max_steps": 1}), data=[chats], out=tmp_path / "run")
+    (start,) = (
+        event
+        for event in read_events(tmp_path / "run" / "events.jsonl")
+        if isinstance(event, StartEvent)
+    )
+    assert start.planned_memory_bytes == summary.planned_memory_bytes > 0

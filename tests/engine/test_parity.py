@@ -13,6 +13,8 @@ import torch
 from peft import PeftModel
 from tests import reference
 
+import lamina.engine.step
+import lamina.lora.experts
 from lamina.engine.step import Engine
 from lamina.lora.adapter import Adapter, LoraSettings
 
@@ -142,6 +144,21 @@ def test_gradients_with_rslora(tmp_path: Path) -> None:
 @pytest.mark.parametrize("group_tokens", [1, 18, 35, 10_000])
 def test_any_grouping_gives_the_same(name: str, group_tokens: int, tmp_path: Path) -> None:
     check(Case(name, ("all-linear",), tmp_path), group_tokens=group_tokens)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "llama4"])
+@pytest.mark.parametrize("group_tokens", [30, 10_000])
+def test_filled_up_groups_give_the_same(
+    name: str, group_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (lamina.engine.step, lamina.lora.experts):
+        monkeypatch.setattr(module, "_ROWS", 8)
+    aux_coef = 2.0 if name == "mixtral" else 0.0
+    case = Case(name, ("all-linear",), tmp_path)
+    assert any(
+        group.filling for group in case.engine(group_tokens=group_tokens)._groups(case.batch)
+    )
+    check(case, aux_coef=aux_coef, group_tokens=group_tokens)
 
 
 def test_idle_expert_is_idle(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lamina.engine.sources import WeightSource
@@ -26,10 +27,27 @@ from lamina.models.spec import Block
 
 @dataclass(frozen=True)
 class Group:
-    """Whole sequences that go through a block together: their tokens, and their attention core."""
+    """Whole sequences that go through a block together.
+
+    Args:
+        tokens: which of the step's they are.
+        core: their attention core, which also takes the filling for a sequence.
+        filling: rows of zeros behind the tokens, so that matrices see few shapes: a kernel is
+            compiled for each. What they give is dropped; their gradients are zero.
+    """
 
     tokens: slice
     core: AttentionCore
+    filling: int = 0
+
+    def of(self, x_TX: Tensor) -> Tensor:
+        """The group's rows of a tensor of the step, filled up."""
+        x_GX = x_TX[self.tokens]
+        return F.pad(x_GX, (0, 0, 0, self.filling)) if self.filling else x_GX
+
+    def drop(self, x_GX: Tensor) -> Tensor:
+        """Without the filling."""
+        return x_GX[: len(x_GX) - self.filling] if self.filling else x_GX
 
 
 @dataclass(frozen=True)
@@ -187,7 +205,7 @@ class BlockRunner:
         out_TH = torch.empty_like(x_TH)
         for number, group in enumerate(groups):
             w = self._weights(block, tensors, seed=self._seed(step_seed, block, number))
-            out_TH[group.tokens] = self._sublayer(block, w, x_TH[group.tokens], group)
+            out_TH[group.tokens] = group.drop(self._sublayer(block, w, group.of(x_TH), group))
         return out_TH
 
     def _sublayer(self, block: Block, w: BlockWeights, x_GH: Tensor, group: Group) -> Tensor:
@@ -208,13 +226,13 @@ class BlockRunner:
         probs_sum_E: Tensor | None = None
         for number, group in enumerate(groups):
             w = self._weights(block, tensors, seed=self._seed(step_seed, block, number))
-            x_GH = x_TH[group.tokens]
+            x_GH = group.of(x_TH)
             routing = self.family.route(block, w, x_GH)
-            out_TH[group.tokens] = self.family.combine(block, w, x_GH, routing)
+            out_TH[group.tokens] = group.drop(self.family.combine(block, w, x_GH, routing))
             if routing.probs_TE is not None:
-                group_sum_E = routing.probs_TE.sum(0)
+                group_sum_E = group.drop(routing.probs_TE).sum(0)
                 probs_sum_E = group_sum_E if probs_sum_E is None else probs_sum_E + group_sum_E
-            routings.append(routing)
+            routings.append(_without_filling(routing, group))
         n_TH, indices_TK, weights_TK = _joined(routings)
         dispatch = Dispatch.of(indices_TK, block.experts.num_experts)
         self.source.routed(block, list(dispatch.ranges))
@@ -265,14 +283,14 @@ class BlockRunner:
                 w = self._weights(
                     block, tensors, recompute=True, seed=self._seed(step_seed, block, number)
                 )
-                x_GH = x_TH[group.tokens].detach().requires_grad_(input_grad)
+                x_GH = group.of(x_TH).detach().requires_grad_(input_grad)
                 with torch.enable_grad():
                     y_GH = self._sublayer(block, w, x_GH, group)
                 if not y_GH.requires_grad:
                     continue
-                torch.autograd.backward([y_GH], [dout_TH[group.tokens]])
+                torch.autograd.backward([y_GH], [group.of(dout_TH)])
                 if x_GH.grad is not None:
-                    dout_TH[group.tokens] = x_GH.grad
+                    dout_TH[group.tokens] = group.drop(x_GH.grad)
         return dout_TH
 
     def _backward_moe(
@@ -290,10 +308,13 @@ class BlockRunner:
         # 1. The experts' inputs again, then their gradients, over all tokens at once.
         with torch.no_grad():
             routings = [
-                self.family.route(
-                    block,
-                    self._weights(block, tensors, indices_GK=record.indices_TK[group.tokens]),
-                    x_TH[group.tokens],
+                _without_filling(
+                    self.family.route(
+                        block,
+                        self._weights(block, tensors, indices_GK=group.of(record.indices_TK)),
+                        group.of(x_TH),
+                    ),
+                    group,
                 )
                 for group in groups
             ]
@@ -314,27 +335,33 @@ class BlockRunner:
             del n_TH
         # 2. The rest of the block, group by group, with what the experts pass back to it.
         for number, group in enumerate(groups):
-            tokens = group.tokens
             w = self._weights(
                 block,
                 tensors,
                 recompute=True,
-                indices_GK=record.indices_TK[tokens],
+                indices_GK=group.of(record.indices_TK),
                 seed=self._seed(step_seed, block, number),
             )
-            x_GH = x_TH[tokens].detach().requires_grad_()
+            x_GH = group.of(x_TH).detach().requires_grad_()
             with torch.enable_grad():
                 routing = self.family.route(block, w, x_GH)
                 y_GH = self.family.combine(block, w, x_GH, routing)
             outputs = [y_GH, routing.x_TH, routing.weights_TK]
-            grads = [dout_TH[tokens], dn_TH[tokens], dweights_TK[tokens]]
+            grads = [group.of(dout_TH), group.of(dn_TH), group.of(dweights_TK)]
             if aux is not None and routing.probs_TE is not None:
-                outputs.append(routing.probs_TE)
-                grads.append(aux.dprobs_E.expand_as(routing.probs_TE))
+                probs_GE = group.drop(routing.probs_TE)
+                outputs.append(probs_GE)
+                grads.append(aux.dprobs_E.expand_as(probs_GE))
             torch.autograd.backward(outputs, grads)
             assert x_GH.grad is not None
-            dout_TH[tokens] = x_GH.grad
+            dout_TH[group.tokens] = group.drop(x_GH.grad)
         return dout_TH
+
+
+def _without_filling(routing: Routing, group: Group) -> Routing:
+    return Routing(
+        group.drop(routing.x_TH), group.drop(routing.indices_TK), group.drop(routing.weights_TK)
+    )
 
 
 def _joined(routings: Sequence[Routing]) -> tuple[Tensor, Tensor, Tensor]:

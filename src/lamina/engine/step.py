@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from lamina.data.batches import Batch
+from lamina.engine import heap
 from lamina.engine.blocks import AuxLoss, BlockRunner, BlockWeights, Group, RoutingRecord
 from lamina.engine.boundaries import Boundaries
 from lamina.engine.head import logits, logprobs
@@ -45,6 +47,10 @@ class StepResult:
     loss: float
     aux_loss: float | None
     logp_L: Tensor
+
+
+#: A group's tokens are filled up to a multiple of this.
+_ROWS = 64
 
 
 class Engine:
@@ -102,6 +108,7 @@ class Engine:
             then: the walk over the blocks that will follow, so that its reads may start early.
         """
         assert self.adapter is not None, "the base model alone has nothing to train"
+        heap.trim()
         self.source.begin("step", then=then)
         groups = self._groups(batch)
         records: dict[int, RoutingRecord] = {}
@@ -170,16 +177,20 @@ class Engine:
 
     def _groups(self, batch: Batch) -> list[Group]:
         positions_T = batch.position_ids_T.to(self.device)
-        lengths = [b - a for a, b in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False)]
-        return [
-            Group(
-                slice(group.start, group.stop),
-                RaggedAttention(
-                    lengths[group.first : group.last], positions_T[group.start : group.stop]
-                ),
-            )
-            for group in batch.groups(self.group_tokens)
-        ]
+        lengths = [b - a for a, b in pairwise(batch.cu_seqlens)]
+        groups = []
+        for group in batch.groups(self.group_tokens):
+            tokens = slice(group.start, group.stop)
+            lengths_N, positions_G = lengths[group.first : group.last], positions_T[tokens]
+            filling = 0
+            # On a GPU nothing is compiled for a shape.
+            if self.device.type == "cpu" and group.num_tokens > _ROWS:
+                filling = -group.num_tokens % _ROWS
+            if filling:
+                lengths_N = [*lengths_N, filling]
+                positions_G = torch.cat([positions_G, torch.arange(filling)])
+            groups.append(Group(tokens, RaggedAttention(lengths_N, positions_G), filling))
+        return groups
 
     def _embedded(self, batch: Batch) -> Tensor:
         with self.source.dense(self._embed) as tensors:

@@ -307,8 +307,8 @@ class Stream:
             return Loaded(self, slot, slot.buffer)
 
     def skip(self, units: Iterable[Unit], times: int = 1) -> None:
-        """Forgets the next `times` scheduled occurrences of each unit: they won't be taken, and what
-        isn't being read of them never is."""
+        """Forgets the next `times` scheduled occurrences of each unit: they won't be taken, and
+        what isn't being read of them never is."""
         with self._changed:
             left = {unit: min(times, self._counts[unit]) for unit in units}
             for queue in (self._ahead, self._pending):

@@ -36,6 +36,8 @@ _LIBRARIES = 440_000_000
 _CUDA_CONTEXT, _CUDA_HOST = 900 << 20, 1500 << 20
 #: A kernel that oneDNN compiled for a shape of a product.
 _KERNEL = 700_000
+#: Those that were dropped for others leave holes, of which so many aren't filled again.
+_HOLES = 0.5
 #: What the C library's allocator keeps of temporaries once they are freed, in widths of the widest
 #: visit. It hands back what is larger than its threshold, so no more than a few of these stay.
 _KEPT, _KEPT_MOST = 2, 4 * (32 << 20)
@@ -243,8 +245,11 @@ def step_buffers(
         Buffer("workspace", device, widest, f"the widest visit: {what}"),
     ]
     if not cuda:
-        met = sum(kernel_shapes(shape, setting, tokens))
-        count = min(met, kernels_kept()) if equal_lengths else kernels_kept()
+        most = kernels_kept()
+        # Sequences of many lengths bring ever new shapes.
+        met = sum(kernel_shapes(shape, setting, tokens)) if equal_lengths else 2 * most
+        dropped = min(max(0, met - most), most)
+        count = min(met, most) + int(_HOLES * dropped)
         kept = min(_KEPT * widest, _KEPT_MOST)
         buffers += [
             Buffer("kernels", "ram", count * _KERNEL, "products, compiled for each shape"),

@@ -40,8 +40,8 @@ NF4_LEVELS = (
     1.0,
 )
 
-#: Weights that `decode_flat` works on at once: 64 MiB of fp32.
-_CHUNK = 1 << 24
+#: Weights that `decode_flat` works on at once: 8 MiB of fp32.
+_CHUNK = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -145,12 +145,15 @@ def decode_flat(codes: Tensor, absmax_G: Tensor, out_N: Tensor) -> None:
     """Level times scale in fp32, rounded to the type of `out_N`, into it."""
     for start in range(0, out_N.numel(), _CHUNK):
         part_N = out_N[start : start + _CHUNK]
-        part = codes[start // 2 : -(-(start + part_N.numel()) // 2)]
-        values_N = _pairs(codes.device)[part.int()].view(-1)[: part_N.numel()]
-        first = start // NF4_BLOCK
-        scales_G = absmax_G[first : first + -(-part_N.numel() // NF4_BLOCK)].float()
-        scales_N = scales_G.repeat_interleave(NF4_BLOCK)[: part_N.numel()]
-        part_N.copy_(values_N.mul_(scales_N))
+        n, first = part_N.numel(), start // NF4_BLOCK
+        part = codes[start // 2 : -(-(start + n) // 2)]
+        scales_G = absmax_G[first : first + -(-n // NF4_BLOCK)].float()
+        values_N = _pairs(codes.device).index_select(0, part.int()).view(-1)
+        whole = n - n % NF4_BLOCK
+        values_N[:whole].view(-1, NF4_BLOCK).mul_(scales_G[: whole // NF4_BLOCK, None])
+        if whole < n:
+            values_N[whole:n].mul_(scales_G[-1])
+        part_N.copy_(values_N[:n])
 
 
 def reference_dequantize(weight: Nf4, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -20,7 +20,6 @@ O = out features, I = in features, N = O * I, G = blocks of 64 (the last may be 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from types import ModuleType
@@ -29,6 +28,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lamina.kernels.nf4 import NF4_BLOCK, NF4_LEVELS, decode_flat
+
 __all__ = [
     "CODECS",
     "NF4_BLOCK",
@@ -36,7 +37,6 @@ __all__ = [
     "Codec",
     "decode",
     "encode",
-    "encoded_pieces",
     "import_bitsandbytes",
     "nf4_decode_reference",
     "nf4_encode_reference",
@@ -45,29 +45,8 @@ __all__ = [
 Codec = Literal["nf4", "int8", "bf16"]
 CODECS: tuple[str, ...] = get_args(Codec)
 
-NF4_BLOCK = 64
-
-#: The 16 levels of NF4 (QLoRA, arXiv:2305.14314, appendix E), as float32 like bitsandbytes.
-NF4_CODE = torch.tensor(
-    [
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ]
-)
+#: As float32, like bitsandbytes.
+NF4_CODE = torch.tensor(NF4_LEVELS)
 _NF4_BOUNDS = (NF4_CODE[1:] + NF4_CODE[:-1]) / 2
 #: Smallest divisor that bitsandbytes uses, so that a block of zeros encodes as zeros.
 _TINY = 1e-38
@@ -79,30 +58,8 @@ _DECODE_CHUNK = 1 << 21
 _DECODE_COLUMNS = 4096
 
 
-def encoded_pieces(
-    shape: Sequence[int], codec: str, wide_scales: bool = False
-) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
-    """What a tensor of `shape` becomes: (suffix, safetensors dtype, shape) of each stored piece.
-
-    Args:
-        wide_scales: the scales of nf4 are fp32.
-
-    Raises:
-        ValueError: there is no such codec.
-    """
-    n = math.prod(shape)
-    if codec == "bf16":
-        return (("", "BF16", tuple(shape)),)
-    if codec == "int8":
-        return (("", "I8", tuple(shape)), (".scale", "F32", (shape[0],)))
-    if codec == "nf4":
-        scales = "F32" if wide_scales else "BF16"
-        return (("", "U8", (-(-n // 2),)), (".absmax", scales, (-(-n // NF4_BLOCK),)))
-    raise ValueError(f"no codec {codec!r}")
-
-
 def encode(weight_OI: Tensor, codec: str) -> dict[str, Tensor]:
-    """The pieces that hold `weight_OI`, by their suffix (see `encoded_pieces`).
+    """The pieces that hold `weight_OI`, by their suffix (see `pieces.encoded_pieces`).
 
     Sources of any float dtype are rounded to bf16 first.
 
@@ -270,9 +227,11 @@ def _nf4_encode(flat_N: Tensor) -> tuple[Tensor, Tensor]:
 def _nf4_decode(codes: Tensor, absmax_G: Tensor, out_N: Tensor) -> None:
     """Decodes in chunks: a kernel's fresh output stays in the cache and is copied from there, which
     is 5 times as fast as a fresh output of the whole matrix."""
+    if _native_dequantize() is None:
+        decode_flat(codes, absmax_G, out_N)
+        return
     n = out_N.numel()
     scales_G = absmax_G.float()
-    native = _native_dequantize() is not None
     kernel_dtype = out_N.dtype if out_N.dtype in _KERNEL_DTYPES else torch.float32
     start = 0
     while start < n:
@@ -281,36 +240,14 @@ def _nf4_decode(codes: Tensor, absmax_G: Tensor, out_N: Tensor) -> None:
             stop -= (stop - start) % _DECODE_COLUMNS
         chunk = codes[start // 2 : -(-stop // 2)]
         scales = scales_G[start // NF4_BLOCK : -(-stop // NF4_BLOCK)]
-        if native:
-            # The kernel wants an even row: an odd last weight shares its byte with padding.
-            even = stop - start + (stop - start) % 2
-            columns = _DECODE_COLUMNS if even % _DECODE_COLUMNS == 0 else even
-            values = torch.ops.bitsandbytes.dequantize_4bit.default(
-                chunk, scales, NF4_BLOCK, "nf4", [even // columns, columns], kernel_dtype
-            )
-            out_N[start:stop].copy_(values.view(-1)[: stop - start])
-        else:
-            _decode_chunk(chunk, scales, out_N[start:stop])
+        # The kernel wants an even row: an odd last weight shares its byte with padding.
+        even = stop - start + (stop - start) % 2
+        columns = _DECODE_COLUMNS if even % _DECODE_COLUMNS == 0 else even
+        values = torch.ops.bitsandbytes.dequantize_4bit.default(
+            chunk, scales, NF4_BLOCK, "nf4", [even // columns, columns], kernel_dtype
+        )
+        out_N[start:stop].copy_(values.view(-1)[: stop - start])
         start = stop
-
-
-def _decode_chunk(codes: Tensor, scales_G: Tensor, out_N: Tensor) -> None:
-    n = out_N.numel()
-    values = _pair_table(codes.device).index_select(0, codes.int()).view(-1)
-    whole = n - n % NF4_BLOCK
-    if whole:
-        blocks = values[:whole].view(-1, NF4_BLOCK)
-        blocks.mul_(scales_G[: whole // NF4_BLOCK, None])
-    if whole < n:
-        values[whole:n].mul_(scales_G[-1])
-    out_N.copy_(values[:n])
-
-
-@lru_cache
-def _pair_table(device: torch.device) -> Tensor:
-    """The two levels of each byte: `[256, 2]`."""
-    byte = torch.arange(256)
-    return torch.stack([NF4_CODE[byte >> 4], NF4_CODE[byte & 15]], dim=1).to(device)
 
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

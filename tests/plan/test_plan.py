@@ -18,12 +18,11 @@ from lamina.errors import RecipeError
 from lamina.plan import work
 from lamina.plan.cards import find_card
 from lamina.plan.hardware import Budgets, Hardware, described_machine
-from lamina.plan.memory import Boundaries
 from lamina.plan.plan import Plan, Sequences, make_plan
 from lamina.plan.search import at_tokens, faster, hides_reads, least_memory, nearest
-from lamina.plan.shapes import model_shape
-from lamina.plan.simulate import cached_units
+from lamina.plan.shapes import model_shape, shape_from_config
 from lamina.recipe.load import load_recipe
+from lamina.store.spread import spread
 from lamina.store.stream import choose_cached
 
 GIB = 1 << 30
@@ -87,17 +86,6 @@ def test_float8_boundaries_take_half() -> None:
     )
 
     assert half == pytest.approx(whole / 2, rel=0.001)
-
-
-def test_boundaries_of_layers_take_half_and_more_arithmetic() -> None:
-    blocks = plan("maverick-24gb")
-    layers = make_plan(
-        blocks.recipe, blocks.shape, blocks.hardware, boundaries=Boundaries(every="layer")
-    )
-
-    assert layers.buffer("boundaries").nbytes == blocks.buffer("boundaries").nbytes // 2
-    assert 1.03 < layers.time.matrix / blocks.time.matrix < 1.10
-    assert layers.time.bytes_read == blocks.time.bytes_read
 
 
 def test_adapters_of_all_experts_leave_a_card_they_do_not_fit() -> None:
@@ -309,12 +297,12 @@ def test_budgets_may_be_given() -> None:
 def test_the_cache_is_the_streams(tmp_path: Path) -> None:
     reference.tiny_llama4(hidden_size=128, intermediate_size=96).save_pretrained(tmp_path / "model")
     store = prepare(str(tmp_path / "model"), codec="nf4", store=tmp_path / "store")
-    nbytes = [unit.nbytes for unit in store.units()]
+    sizes = shape_from_config("tiny", store.config).unit_sizes("nf4")
 
     for share in (0.0, 0.15, 0.5, 0.9, 1.0):
         cache = int(share * store.total_bytes)
         kept = set(choose_cached(store, cache))
-        assert [unit in kept for unit in store.units()] == cached_units(nbytes, cache).tolist()
+        assert [unit in kept for unit in store.units()] == spread(sizes, cache)
 
 
 def test_a_plan_needs_no_torch_and_little_time() -> None:

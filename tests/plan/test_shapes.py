@@ -18,7 +18,6 @@ from lamina.plan.shapes import (
     known_models,
     model_shape,
     shape_from_config,
-    unit_bytes,
 )
 from lamina.recipe.load import load_recipe, recipe_names
 from lamina.store.layout import plan_block
@@ -131,12 +130,6 @@ def test_a_folder_goes_before_the_library(tmp_path: Path, monkeypatch: pytest.Mo
     (folder / "config.json").write_text(json.dumps(config))
 
     assert len(model_shape(load_recipe("mini-mixtral")).body) == 4
-
-
-def test_a_unit_is_aligned() -> None:
-    # 3 x 5 weights: 8 bytes of codes, at 64 one scale.
-    assert unit_bytes([((3, 5), "nf4")]) == 4096
-    assert unit_bytes([((4096 * 64, 2), "nf4"), ((7,), "bf16")]) == 4096 * 64 + 16384 + 4096
 
 
 @pytest.mark.parametrize(

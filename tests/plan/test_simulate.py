@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lamina.plan.simulate import Pipeline, cached_units, simulate
+from lamina.plan.simulate import Pipeline, simulate
 
 
 def pipeline(
@@ -120,15 +120,3 @@ def test_candidates_do_not_touch_each_other() -> None:
     )
 
     assert simulate(both) == pytest.approx([simulate(one)[0], simulate(two)[0]])
-
-
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
-def test_a_cache_takes_the_same_share_everywhere(share: float) -> None:
-    nbytes = [1000, *([300] * 40)] * 5
-    chosen = cached_units(nbytes, int(share * sum(nbytes)))
-
-    kept = np.array(nbytes)[chosen]
-    assert kept.sum() <= share * sum(nbytes)
-    assert kept.sum() >= share * sum(nbytes) - 1000
-    halves = [np.array(nbytes)[:102] @ chosen[:102], np.array(nbytes)[102:] @ chosen[102:]]
-    assert halves[0] == pytest.approx(halves[1], rel=0.2, abs=1000)

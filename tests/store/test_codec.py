@@ -15,11 +15,11 @@ from lamina.store.codec import (
     NF4_BLOCK,
     decode,
     encode,
-    encoded_pieces,
     import_bitsandbytes,
     nf4_decode_reference,
     nf4_encode_reference,
 )
+from lamina.store.pieces import encoded_pieces
 
 SHAPES = [(1, 1), (1, 63), (1, 64), (5, 13), (3, 43), (21, 9), (64, 65), (130, 4096), (257, 8191)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -25,6 +25,7 @@ from lamina.store.layout import (
     plan_blocks,
     seal,
 )
+from lamina.store.pieces import unit_layout
 
 
 def rewrite(root: Path, change: Callable[[dict[str, Any]], Any], *, sealed: bool = True) -> None:
@@ -196,3 +197,10 @@ def test_maverick_opens_in_well_under_a_second(tmp_path: Path) -> None:
     assert took < 0.5
     with safe_open(tmp_path / store.blocks[0].file, "pt") as f:
         assert f.get_slice("experts.127.down_proj.weight").get_shape() == [5120 * 8192 // 2]
+
+
+def test_a_unit_is_aligned() -> None:
+    # 3 x 5 weights: 8 bytes of codes, at 64 one scale.
+    assert unit_layout([("a", (3, 5), "nf4")]).nbytes == 4096
+    both = unit_layout([("a", (4096 * 64, 2), "nf4"), ("b", (7,), "bf16")])
+    assert both.nbytes == 4096 * 64 + 16384 + 4096

@@ -26,14 +26,13 @@ from torch import Tensor, nn
 
 from lamina.errors import AdapterError, RecipeError
 from lamina.lora.experts import StackedPair
+from lamina.lora.targets import ALL_LINEAR, matches, matches_experts
 from lamina.models.common import Family
-from lamina.models.spec import Block, Experts, Linear
+from lamina.models.spec import Block, Experts
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
-#: `target_modules` value that means every linear and the routed experts, but not the router.
-ALL_LINEAR = "all-linear"
 
 
 class DenseWeights(Protocol):
@@ -147,13 +146,13 @@ class Adapter:
         for block in family.blocks:
             adapter = BlockAdapter()
             for linear in block.linears:
-                if _matches(linear, settings.target_modules):
+                if matches(linear.module, settings.target_modules):
                     adapter.linears[linear.name] = factors(*linear.shape)
             if block.experts is not None:
                 stack = (block.experts.num_experts,)
-                if _matches_experts(block.experts, "gate_up_proj", settings.target_modules):
+                if matches_experts(block.experts.module, "gate_up_proj", settings.target_modules):
                     adapter.gate_up = factors(*block.experts.gate_up_shape, stack)
-                if _matches_experts(block.experts, "down_proj", settings.target_modules):
+                if matches_experts(block.experts.module, "down_proj", settings.target_modules):
                     adapter.down = factors(*block.experts.down_shape, stack)
                 if settings.train_router:
                     router = next(p for p in block.plain if p.name == block.experts.router)
@@ -358,29 +357,6 @@ def _in_layer(module: str) -> str:
 # --- targets
 
 
-def _matches(linear: Linear, targets: Sequence[str]) -> bool:
-    """PEFT's rule: a target is a module's name or the end of it."""
-    return ALL_LINEAR in targets or any(
-        linear.module == target or linear.module.endswith(f".{target}") for target in targets
-    )
-
-
-def _matches_experts(experts: Experts, projection: str, targets: Sequence[str]) -> bool:
-    """Routed experts are targeted by names that say so, as `down_proj` alone would in PEFT match
-    modules but no expert parameters."""
-    name = f"{experts.module}.{projection}"
-    return ALL_LINEAR in targets or any(
-        target == "gate_up_proj" == projection
-        or (
-            (name.endswith(f".{target}") or name == target)
-            and target not in {"gate_up_proj", "down_proj"}
-        )
-        or experts.module.endswith(f".{target}")
-        or experts.module == target
-        for target in targets
-    )
-
-
 def target_names(blocks: Sequence[Block]) -> list[str]:
     """Every target that a model knows, as short as it can be said."""
     names: dict[str, None] = {}
@@ -402,11 +378,11 @@ def check_targets(blocks: Sequence[Block], targets: Sequence[str]) -> None:
     known = target_names(blocks)
     for target in targets:
         hit = any(
-            any(_matches(linear, (target,)) for linear in block.linears)
+            any(matches(linear.module, (target,)) for linear in block.linears)
             or (
                 block.experts is not None
                 and any(
-                    _matches_experts(block.experts, projection, (target,))
+                    matches_experts(block.experts.module, projection, (target,))
                     for projection in ("gate_up_proj", "down_proj")
                 )
             )

@@ -15,13 +15,12 @@ from typing import Literal
 
 from lamina.plan.shapes import BlockShape, ExpertsShape, ModelShape
 from lamina.plan.work import Setting, adapted, expert_adapted, kernel_shapes, kernels_kept
-from lamina.recipe.schema import Recipe
 
 __all__ = [
     "Adapters",
-    "Boundaries",
     "Buffer",
     "adapters",
+    "boundary_bytes",
     "fixed_buffers",
     "state_bytes",
     "step_buffers",
@@ -59,32 +58,9 @@ class Buffer:
     what: str
 
 
-@dataclass(frozen=True, slots=True)
-class Boundaries:
-    """How block inputs are kept between forward and backward.
-
-    Args:
-        every: before every block, or only before every layer's attention, which is then computed
-            once more.
-        dtype: the compute type's, or fp8 with a scale a token.
-    """
-
-    every: Literal["block", "layer"] = "block"
-    dtype: Literal["compute", "fp8"] = "compute"
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> Boundaries:
-        """What a recipe asks for."""
-        return cls(dtype="fp8" if recipe.float8_boundaries else "compute")
-
-    def count(self, shape: ModelShape) -> int:
-        """How many are kept at once."""
-        blocks = len(shape.body)
-        return blocks if self.every == "block" else -(-blocks // 2)
-
-    def token_bytes(self, shape: ModelShape, item: int) -> int:
-        """Bytes of one boundary, a token."""
-        return shape.hidden + 4 if self.dtype == "fp8" else shape.hidden * item
+def boundary_bytes(shape: ModelShape, setting: Setting) -> int:
+    """Bytes of a block's input, a token: in the compute type, or as float8 with a scale."""
+    return shape.hidden + 4 if setting.float8 else shape.hidden * setting.item
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +186,6 @@ def step_buffers(
     longest: int,
     equal_lengths: bool,
     logits_bytes: int,
-    boundaries: Boundaries,
     cuda: bool,
 ) -> list[Buffer]:
     """What a step of `tokens` tokens holds while it runs.
@@ -221,15 +196,13 @@ def step_buffers(
     """
     device: Place = "vram" if cuda else "ram"
     mixtures = [block for block in shape.body if block.experts is not None]
-    kept = boundaries.count(shape) * boundaries.token_bytes(shape, setting.item) * tokens
+    kept = len(shape.body) * boundary_bytes(shape, setting) * tokens
     hidden = tokens * shape.hidden * setting.item
     group = min(tokens, max(setting.group_tokens, longest))
     widest, what = _workspace(shape, setting, group, tokens, logits_bytes)
     chosen = tokens * shape.top_k
     buffers = [
-        Buffer(
-            "boundaries", "ram", kept, f"{boundaries.count(shape)} blocks' inputs, for the way back"
-        ),
+        Buffer("boundaries", "ram", kept, f"{len(shape.body)} blocks' inputs, for the way back"),
         Buffer(
             "hidden states",
             device,

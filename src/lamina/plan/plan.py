@@ -14,7 +14,6 @@ from lamina.errors import RecipeError
 from lamina.plan.hardware import Budgets, Hardware
 from lamina.plan.memory import (
     Adapters,
-    Boundaries,
     Buffer,
     adapters,
     fixed_buffers,
@@ -67,7 +66,6 @@ class Plan:
     hardware: Hardware
     budgets: Budgets
     sequences: Sequences
-    boundaries: Boundaries
     ring: int
     device_ring: int
     cache: int
@@ -202,7 +200,6 @@ def timing_of(plan: Plan) -> Timing:
         plan.shape,
         plan.hardware,
         plan.sequences,
-        plan.boundaries,
         plan.experts_on_host,
     )
 
@@ -212,7 +209,6 @@ def _timing(
     shape: ModelShape,
     hardware: Hardware,
     sequences: Sequences,
-    boundaries: Boundaries,
     experts_on_host: bool,
 ) -> Timing:
     return Timing(
@@ -223,7 +219,6 @@ def _timing(
         optim=recipe.optim,
         dtype=recipe.dtype,
         learned=sequences.learned,
-        boundaries=boundaries,
         experts_on_host=experts_on_host,
     )
 
@@ -250,7 +245,6 @@ def memory_of(
     hardware: Hardware,
     budgets: Budgets,
     sequences: Sequences,
-    boundaries: Boundaries,
 ) -> Memory:
     """Every buffer. On CUDA, adapters of experts go to the host where the card has no room for
     them, and the device's ring takes what is left, up to the host's ring."""
@@ -268,7 +262,6 @@ def memory_of(
             longest=min(sequences.longest, recipe.max_length),
             equal_lengths=sequences.equal,
             logits_bytes=size_in_bytes(recipe.logits, store),
-            boundaries=boundaries,
             cuda=cuda,
         ),
         Buffer("ring", "ram", max(ring, largest), "weights read ahead"),
@@ -302,8 +295,6 @@ def make_plan(
     hardware: Hardware,
     budgets: Budgets | None = None,
     sequences: Sequences | None = None,
-    *,
-    boundaries: Boundaries | None = None,
 ) -> Plan:
     """Plan a run.
 
@@ -316,11 +307,10 @@ def make_plan(
     """
     budgets = budgets or Budgets.of(hardware)
     sequences = sequences or Sequences.unknown(recipe)
-    boundaries = boundaries or Boundaries.of(recipe)
     setting = _setting(recipe, hardware, sequences)
     _check_targets(shape, setting)
-    memory = memory_of(recipe, shape, hardware, budgets, sequences, boundaries)
-    timing = _timing(recipe, shape, hardware, sequences, boundaries, memory.experts_on_host)
+    memory = memory_of(recipe, shape, hardware, budgets, sequences)
+    timing = _timing(recipe, shape, hardware, sequences, memory.experts_on_host)
     sizes = Sizes(recipe.tokens_per_step, memory.ring, memory.cache, memory.device_ring)
     return Plan(
         recipe=recipe,
@@ -328,7 +318,6 @@ def make_plan(
         hardware=hardware,
         budgets=budgets,
         sequences=sequences,
-        boundaries=boundaries,
         ring=memory.ring,
         device_ring=memory.device_ring,
         cache=memory.cache,

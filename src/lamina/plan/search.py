@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import Any
 
-from lamina.plan.memory import Boundaries
 from lamina.plan.plan import Memory, Plan, make_plan, memory_of, timing_of
 from lamina.plan.steptime import Sizes, StepTime
 from lamina.recipe.schema import Recipe, choices
@@ -109,7 +108,6 @@ def _times(plan: Plan, many: Sequence[dict[str, Any]]) -> list[StepTime]:
         alike = replace(
             plan,
             recipe=_recipe(plan, changes),
-            boundaries=_boundaries(plan, changes),
             experts_on_host=memory.experts_on_host,
         )
         sizes = [
@@ -194,10 +192,6 @@ def _recipe(plan: Plan, changes: Mapping[str, Any]) -> Recipe:
     return plan.recipe.model_copy(update=dict(changes))
 
 
-def _boundaries(plan: Plan, changes: Mapping[str, Any]) -> Boundaries:
-    return replace(plan.boundaries, dtype=Boundaries.of(_recipe(plan, changes)).dtype)
-
-
 def _memory(plan: Plan, changes: Mapping[str, Any]) -> Memory:
     return memory_of(
         _recipe(plan, changes),
@@ -205,7 +199,6 @@ def _memory(plan: Plan, changes: Mapping[str, Any]) -> Memory:
         plan.hardware,
         plan.budgets,
         plan.sequences,
-        _boundaries(plan, changes),
     )
 
 
@@ -220,7 +213,6 @@ def _changed(plan: Plan, changes: Mapping[str, Any]) -> Plan:
         plan.hardware,
         plan.budgets,
         plan.sequences,
-        boundaries=_boundaries(plan, changes),
     )
 
 
@@ -244,43 +236,43 @@ def hides_reads(plan: Plan) -> int | None:
     return None
 
 
-def faster(
-    plan: Plan, boundaries: Sequence[Boundaries] | None = None, gain: float = 1.1
-) -> Variant | None:
-    """The fastest plan within the same budgets: over tokens a step, ring, what the RAM has left for
-    the cache, and ways to keep boundaries; None if it isn't faster by `gain`.
+def faster(plan: Plan, gain: float = 1.1) -> Variant | None:
+    """The fastest plan within the same budgets: over tokens a step, ring, and what the RAM has left
+    for the cache; None if it isn't faster by `gain`.
 
     Of plans about as fast, the one with the fewest tokens is taken: more steps learn more.
     """
-    store, found = plan.store_bytes, []
+    store = plan.store_bytes
     tokens = [plan.tokens_per_step * n // 4 for n in (2, 4, 6, 8, 12, 16, 24, 32)]
-    for kept in boundaries or [plan.boundaries]:
-        candidates: list[tuple[Sizes, dict[str, Any]]] = []
-        for ring, count in product((plan.ring // 2, plan.ring, 2 * plan.ring), tokens):
-            if count < plan.recipe.max_length:
-                continue
-            changes = {"tokens_per_step": count, "ring": _mib(ring), "cache": "0%"}
-            memory = _memory(replace(plan, boundaries=kept), changes)
-            if not memory.fits(plan.budgets):
-                continue
-            used = sum(b.nbytes for b in memory.buffers if b.place == "ram")
-            share = min(100, 100 * (plan.budgets.ram - used) // store)
-            changes["cache"] = f"{share}%"
-            sizes = Sizes(count, memory.ring, share * store // 100, memory.device_ring)
-            candidates.append((sizes, changes))
-        if candidates:
-            times = timing_of(replace(plan, boundaries=kept)).steps([s for s, _ in candidates])
-            pairs = zip(times, candidates, strict=True)
-            found += [(time, changes, kept) for time, (_, changes) in pairs]
-    if not found:
+    candidates: list[tuple[Sizes, dict[str, Any]]] = []
+    for ring, count in product((plan.ring // 2, plan.ring, 2 * plan.ring), tokens):
+        if count < plan.recipe.max_length:
+            continue
+        changes = {"tokens_per_step": count, "ring": _mib(ring), "cache": "0%"}
+        memory = _memory(plan, changes)
+        if not memory.fits(plan.budgets):
+            continue
+        used = sum(b.nbytes for b in memory.buffers if b.place == "ram")
+        share = min(100, 100 * (plan.budgets.ram - used) // store)
+        changes["cache"] = f"{share}%"
+        sizes = Sizes(count, memory.ring, share * store // 100, memory.device_ring)
+        candidates.append((sizes, changes))
+    if not candidates:
         return None
-    best = max(time.tokens_per_second for time, _, _ in found)
+    times = timing_of(plan).steps([sizes for sizes, _ in candidates])
+    best = max(time.tokens_per_second for time in times)
     if best < gain * plan.time.tokens_per_second:
         return None
-    enough = [one for one in found if one[0].tokens_per_second >= 0.97 * best]
-    _, changes, kept = min(enough, key=lambda one: (one[0].tokens, -one[0].tokens_per_second))
+    _, changes = min(
+        (
+            (time, changes)
+            for time, (_, changes) in zip(times, candidates, strict=True)
+            if time.tokens_per_second >= 0.97 * best
+        ),
+        key=lambda one: (one[0].tokens, -one[0].tokens_per_second),
+    )
     if changes["tokens_per_step"] == plan.tokens_per_step:
         del changes["tokens_per_step"]
     if changes["ring"] == _mib(plan.ring):
         del changes["ring"]
-    return Variant(changes, _changed(replace(plan, boundaries=kept), changes))
+    return Variant(changes, _changed(plan, changes))

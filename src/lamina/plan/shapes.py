@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +22,7 @@ import lamina.recipe
 from lamina.errors import CheckpointError
 from lamina.recipe.places import store_folder
 from lamina.recipe.schema import Recipe
+from lamina.store.pieces import unit_layout
 
 __all__ = [
     "BlockShape",
@@ -31,14 +32,11 @@ __all__ = [
     "known_models",
     "model_shape",
     "shape_from_config",
-    "unit_bytes",
 ]
 
 Kind = Literal["embed", "attention", "mlp", "moe", "head"]
 
 _LIBRARY = Path(lamina.recipe.__file__).parent / "library" / "models"
-#: Where units of a store begin and end, and the pieces inside them (see `store/pieces.py`).
-_UNIT_ALIGNMENT, _PIECE_ALIGNMENT, _NF4_BLOCK = 4096, 64, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +108,14 @@ class BlockShape:
     def dense_bytes(self, codec: str) -> int:
         """What the dense unit takes in a store."""
         plain = [(shape, "bf16") for shape in self.plain]
-        return unit_bytes([*plain, *(((m.out, m.in_), codec) for m in self.matrices)])
+        return _unit_bytes((*plain, *(((m.out, m.in_), codec) for m in self.matrices)))
 
     def expert_bytes(self, codec: str) -> int:
         """What one expert takes in a store; 0 if there is none."""
         if self.experts is None:
             return 0
         gate_up, down = self.experts.gate_up, self.experts.down
-        return unit_bytes([((gate_up.out, gate_up.in_), codec), ((down.out, down.in_), codec)])
+        return _unit_bytes((((gate_up.out, gate_up.in_), codec), ((down.out, down.in_), codec)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -194,27 +192,10 @@ def _unit_sizes(shape: ModelShape, codec: str) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def unit_bytes(tensors: Sequence[tuple[Sequence[int], str]]) -> int:
-    """The size of a store's unit with these tensors (shape, codec): exactly what `store/pieces.py`
-    lays out."""
-    at = 0
-    for shape, codec in tensors:
-        for nbytes in _piece_bytes(shape, codec):
-            at = _aligned(at, _PIECE_ALIGNMENT) + nbytes
-    return _aligned(at, _UNIT_ALIGNMENT)
-
-
-def _piece_bytes(shape: Sequence[int], codec: str) -> tuple[int, ...]:
-    n = math.prod(shape)
-    if codec == "bf16":
-        return (2 * n,)
-    if codec == "int8":
-        return (n, 4 * shape[0])
-    return (-(-n // 2), 2 * -(-n // _NF4_BLOCK))
-
-
-def _aligned(n: int, alignment: int) -> int:
-    return -(-n // alignment) * alignment
+@lru_cache(maxsize=1024)
+def _unit_bytes(tensors: tuple[tuple[tuple[int, ...], str], ...]) -> int:
+    """The size of a store's unit with these tensors (shape, codec)."""
+    return unit_layout([("", shape, codec) for shape, codec in tensors]).nbytes
 
 
 # --- where a config comes from

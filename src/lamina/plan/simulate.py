@@ -13,13 +13,12 @@ U = units of a step, in the order of the walk, C = candidates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Pipeline", "cached_units", "simulate"]
+__all__ = ["Pipeline", "simulate"]
 
 Floats = NDArray[np.float64]
 
@@ -99,21 +98,3 @@ def _room(nbytes: Floats, ring_C: Floats) -> NDArray[np.intp]:
     rows *= nbytes.shape[1]
     rows += np.arange(nbytes.shape[1])
     return rows
-
-
-def cached_units(nbytes: Sequence[int], cache_bytes: int) -> NDArray[np.bool_]:
-    """Which of a store's units are cached: what `store.stream.choose_cached` chooses, about the
-    same share of every stretch of the store."""
-    left, credit = cache_bytes, 0.0
-    chosen = np.zeros(len(nbytes), dtype=np.bool_)
-    small = [0 < n <= cache_bytes for n in nbytes]
-    share = min(1.0, left / max(1, sum(n for n, fits in zip(nbytes, small, strict=True) if fits)))
-    for i, (n, fits) in enumerate(zip(nbytes, small, strict=True)):
-        if not fits:
-            continue
-        credit += share * n
-        if n <= min(left, credit + 0.5):
-            chosen[i] = True
-            left -= n
-            credit -= n
-    return chosen

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamina.plan.hardware import Hardware
-from lamina.plan.memory import Boundaries, adapters
+from lamina.plan.memory import adapters, boundary_bytes
 from lamina.plan.shapes import BlockShape, ModelShape
-from lamina.plan.simulate import Pipeline, cached_units, simulate
+from lamina.plan.simulate import Pipeline, simulate
 from lamina.plan.work import (
     BlockWork,
     Setting,
@@ -29,6 +29,7 @@ from lamina.plan.work import (
     seconds,
     trains,
 )
+from lamina.store.spread import spread
 
 __all__ = ["UPDATE_BYTES", "Sizes", "StepTime", "Timing"]
 
@@ -131,7 +132,6 @@ class Timing:
         optim: str,
         dtype: str,
         learned: float = 1.0,
-        boundaries: Boundaries | None = None,
         experts_on_host: bool = False,
     ):
         self.shape = shape
@@ -141,7 +141,6 @@ class Timing:
         self._optim = optim
         self._dtype = dtype
         self._learned = learned
-        self._boundaries = boundaries or Boundaries()
         self._experts_on_host = experts_on_host
         self._visits: dict[_Visit, int] = {}
         self._kinds: list[int] = []  # of each unit of a step, its visit
@@ -169,19 +168,13 @@ class Timing:
             self._add_experts(block, work, unit, 1)
         self._turn = len(self._kinds)
         first = next((i for i, b in enumerate(body) if trains(b, self.setting)), len(body))
-        held = -1  # the block whose weights are there already
         for place in range(len(body) - 1, first - 1, -1):
             block, unit = body[place], first_unit[place]
             work = block_work(
                 self.shape, block, self.setting, backward=True, input_grad=place > first
             )
-            if self._boundaries.every == "layer" and block.kind != "attention":
-                # Its input isn't kept: the layer's attention is computed once more.
-                before = block_work(self.shape, body[place - 1], self.setting, backward=False)
-                self._add(_Visit(before, "dense"), first_unit[place - 1])
-                held = place - 1
             if block.experts is None:
-                self._add(_Visit(work, "dense"), -1 if place == held else unit)
+                self._add(_Visit(work, "dense"), unit)
                 continue
             self._add(_Visit(work, "nothing"), unit)
             self._add_experts(block, work, unit, -1)
@@ -242,7 +235,7 @@ class Timing:
     def _cache(self, cache_bytes: int) -> NDArray[np.bool_]:
         """Of each unit of a step: whether it is cached."""
         if cache_bytes not in self._cached:
-            chosen = np.append(cached_units(self._unit_bytes, cache_bytes), True)
+            chosen = np.array([*spread(self._unit_bytes, cache_bytes), True])
             self._cached[cache_bytes] = chosen[self._places_U]
         return self._cached[cache_bytes]
 
@@ -315,7 +308,7 @@ class Timing:
 
     def _bus(self, nbytes_U: NDArray[np.float64], tokens: int) -> NDArray[np.float64]:
         """Bytes that come to the device with each unit: weights, adapters, boundaries."""
-        item = self._boundaries.token_bytes(self.shape, self.setting.item) * tokens
+        item = boundary_bytes(self.shape, self.setting) * tokens
         bus_U = nbytes_U.copy()
         parts = [visit.part for visit in self._visits]
         is_expert = np.array([part == "expert" for part in parts])[self._kinds_U]

@@ -18,6 +18,7 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 
+from lamina.lora.targets import matches, matches_experts
 from lamina.plan.hardware import Hardware
 from lamina.plan.shapes import BlockShape, Matrix, ModelShape
 
@@ -145,26 +146,14 @@ class BlockWork:
 
 
 def adapted(matrix: Matrix, targets: tuple[str, ...]) -> bool:
-    """Whether a matrix of the dense part is adapted: `lora.adapter`'s rule, which is PEFT's."""
-    return "all-linear" in targets or any(
-        matrix.module == target or matrix.module.endswith(f".{target}") for target in targets
-    )
+    """Whether a matrix of the dense part is adapted."""
+    return matches(matrix.module, targets)
 
 
 def expert_adapted(matrix: Matrix, targets: tuple[str, ...]) -> bool:
-    """The same for a projection of the routed experts, which are only meant by names that say so
-    (`gate_up_proj` alone does: nothing else is called that)."""
+    """Whether a projection of the routed experts is."""
     experts, _, projection = matrix.module.rpartition(".")
-    return "all-linear" in targets or any(
-        (target == "gate_up_proj" == projection)
-        or (
-            target not in ("gate_up_proj", "down_proj")
-            and (matrix.module == target or matrix.module.endswith(f".{target}"))
-        )
-        or experts == target
-        or experts.endswith(f".{target}")
-        for target in targets
-    )
+    return matches_experts(experts, projection, targets)
 
 
 def trains(block: BlockShape, setting: Setting) -> bool:

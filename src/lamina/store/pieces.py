@@ -13,10 +13,10 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lamina.models.spec import Block, BlockKind
-from lamina.store.codec import encoded_pieces
+if TYPE_CHECKING:
+    from lamina.models.spec import Block, BlockKind
 
 __all__ = [
     "ALIGNMENT",
@@ -26,14 +26,18 @@ __all__ = [
     "Piece",
     "StoredTensor",
     "UnitLayout",
+    "encoded_pieces",
     "padded_header",
     "plan_block",
     "plan_blocks",
+    "unit_layout",
 ]
 
 FORMAT = 1
 ALIGNMENT = 4096
 _PIECE_ALIGNMENT = 64
+#: Weights that share a scale (`kernels/nf4.py`).
+_NF4_BLOCK = 64
 #: Bytes of an item of each dtype that a codec stores, by safetensors' names.
 ITEM_BYTES = {"BF16": 2, "F32": 4, "I8": 1, "U8": 1}
 
@@ -103,6 +107,28 @@ class BlockLayout:
     nbytes: int
 
 
+def encoded_pieces(
+    shape: Sequence[int], codec: str, wide_scales: bool = False
+) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+    """What a tensor of `shape` becomes: (suffix, safetensors dtype, shape) of each stored piece.
+
+    Args:
+        wide_scales: the scales of nf4 are fp32.
+
+    Raises:
+        ValueError: there is no such codec.
+    """
+    n = math.prod(shape)
+    if codec == "bf16":
+        return (("", "BF16", tuple(shape)),)
+    if codec == "int8":
+        return (("", "I8", tuple(shape)), (".scale", "F32", (shape[0],)))
+    if codec == "nf4":
+        scales = "F32" if wide_scales else "BF16"
+        return (("", "U8", (-(-n // 2),)), (".absmax", scales, (-(-n // _NF4_BLOCK),)))
+    raise ValueError(f"no codec {codec!r}")
+
+
 def plan_blocks(
     blocks: Sequence[Block], codec: str, wide_scales: bool = False
 ) -> tuple[BlockLayout, ...]:
@@ -119,14 +145,14 @@ def plan_block(index: int, block: Block, codec: str, wide_scales: bool = False) 
     Raises:
         ValueError: there is no such codec.
     """
-    dense = _unit_layout(
+    dense = unit_layout(
         [(p.name, p.shape, "bf16") for p in block.plain]
         + [(m.name, m.shape, codec) for m in block.linears],
         wide_scales,
     )
     expert = None
     if block.experts is not None:
-        expert = _unit_layout(
+        expert = unit_layout(
             [
                 ("gate_up_proj", block.experts.gate_up_shape, codec),
                 ("down_proj", block.experts.down_shape, codec),
@@ -154,9 +180,10 @@ def plan_block(index: int, block: Block, codec: str, wide_scales: bool = False) 
     )
 
 
-def _unit_layout(
-    tensors: Sequence[tuple[str, tuple[int, ...], str]], wide_scales: bool
+def unit_layout(
+    tensors: Sequence[tuple[str, tuple[int, ...], str]], wide_scales: bool = False
 ) -> UnitLayout:
+    """Where the pieces of these tensors (name, shape, codec) lie in a unit."""
     at = 0
     stored = []
     for name, shape, codec in tensors:

@@ -16,6 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Self, cast
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from lamina.store.codec import decode
 from lamina.store.layout import ALIGNMENT, Piece, Store, Unit
 from lamina.store.reader import Reader, Ticket, aligned_buffer
+from lamina.store.spread import spread
 
 __all__ = ["Loaded", "Stream", "StreamStats", "choose_cached"]
 
@@ -197,16 +199,9 @@ def choose_cached(store: Store, cache_bytes: int, first: Iterable[Unit] = ()) ->
         if unit.nbytes <= left and unit not in chosen:
             chosen[unit] = None
             left -= unit.nbytes
-    others = [unit for unit in store.units() if unit not in chosen and 0 < unit.nbytes <= left]
-    share = min(1.0, left / max(1, sum(unit.nbytes for unit in others)))
-    credit = 0.0
-    for unit in others:
-        credit += share * unit.nbytes
-        if unit.nbytes <= min(left, credit + 0.5):
-            chosen[unit] = None
-            left -= unit.nbytes
-            credit -= unit.nbytes
-    return list(chosen)
+    others = [unit for unit in store.units() if unit not in chosen]
+    taken = spread([unit.nbytes for unit in others], left)
+    return [*chosen, *compress(others, taken)]
 
 
 class Stream:

@@ -20,39 +20,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-CONFIGS: dict[str, dict[str, Any]] = {
-    "maverick": {
-        "model_type": "llama4_text",
-        "hidden_size": 5120,
-        "intermediate_size": 8192,
-        "intermediate_size_mlp": 16384,
-        "num_hidden_layers": 1,
-        "interleave_moe_layer_step": 1,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "num_local_experts": 128,
-        "num_experts_per_tok": 1,
-        "vocab_size": 1024,
-        "use_qk_norm": False,
-        "no_rope_layers": [1],
-        "rope_theta": 500000.0,
-    },
-    "mixtral-8x22b": {
-        "model_type": "mixtral",
-        "hidden_size": 6144,
-        "intermediate_size": 16384,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 48,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "vocab_size": 1024,
-        "sliding_window": None,
-        "rope_theta": 1000000.0,
-    },
+MODELS = {
+    "maverick": "meta-llama/Llama-4-Maverick-17B-128E-Instruct",
+    "mixtral-8x22b": "mistralai/Mixtral-8x22B-Instruct-v0.1",
 }
+
+
+def one_layer(name: str) -> dict[str, Any]:
+    """The config of a model with one layer, a mixture, and a vocabulary of 1,024."""
+    from lamina.plan.shapes import known_models
+
+    config: dict[str, Any] = json.loads(known_models()[MODELS[name]].read_text())["config"]
+    text = config.get("text_config", config)
+    text |= {"num_hidden_layers": 1, "vocab_size": 1024}
+    if "interleave_moe_layer_step" in text:
+        text |= {"interleave_moe_layer_step": 1, "moe_layers": [0], "no_rope_layers": [1]}
+    return config
 
 
 def child(name: str, tokens: int, folder: Path) -> None:
@@ -66,7 +49,7 @@ def child(name: str, tokens: int, folder: Path) -> None:
     from lamina.store.stream import Stream
     from synthetic import synthetic_store
 
-    store = synthetic_store(folder, CONFIGS[name])
+    store = synthetic_store(folder, one_layer(name))
     family = load_family(store.config)
     lora = LoraSettings(r=16, lora_alpha=32, target_modules=("all-linear",))
     adapter = Adapter(family, lora, seed=0, device="cpu")
@@ -100,7 +83,7 @@ def child(name: str, tokens: int, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=sorted(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=list(MODELS))
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument(
         "--folder", type=Path, help="where the stores go (default: a temporary one)"

@@ -10,12 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants as hub_constants
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.store.hub_server import HubServer, serving
 from torch import Tensor
 
 from lamina.models.spec import Block, Experts, Linear, Part, Plain, Sources
+from lamina.store import hub as hub_module
 from lamina.store.convert import prepare
 from lamina.store.layout import Store
 
@@ -211,3 +214,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting isn't allowed here")
     yield path
     subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """Serves the checkpoint of `make_sample`. The hub's own cache is in `tmp_path / "cache"`."""
+    with serving(HubServer(tmp_path / "checkpoint")) as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hub_constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(hub_constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(hub_module, "_WAITS", (0.0,))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield server

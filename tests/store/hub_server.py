@@ -1,5 +1,6 @@
 """A server on this machine that speaks as much of the hub's protocol as huggingface_hub needs: the
-model's description, `/resolve/` with metadata in its headers, byte ranges; and its failures."""
+model's description, `/resolve/` with metadata in its headers, byte ranges; and its failures. And
+what tests of it share."""
 
 from __future__ import annotations
 
@@ -15,7 +16,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
+
+from lamina.store.convert import convert
+from lamina.store.hub import Hub
+from lamina.store.journal import ORIGIN
+from lamina.store.layout import Store
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -172,3 +179,36 @@ def serving(hub: HubServer) -> Iterator[HubServer]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+REPO = "owner/model"
+
+
+def prepare_from_hub(
+    sample: Any, out: Path, *, discard: bool = True, codec: str = "nf4", **more: Any
+) -> Store:
+    hub = Hub(REPO, out, discard=discard)
+    store = convert(
+        hub.checkpoint(),
+        out,
+        model_type="sample",
+        config=sample.config,
+        blocks=sample.blocks,
+        codec=codec,
+        prefixes=("language_model.", ""),
+        supplier=hub,
+        origin=hub.origin,
+        **more,
+    )
+    hub.close()
+    return store
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """The files of a store but for `origin.json`."""
+    files = {str(p.relative_to(root)): p for p in root.rglob("*") if p.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if name != ORIGIN}
+
+
+def shards(server: HubServer) -> list[str]:
+    return sorted(p.name for p in server.folder.glob("*.safetensors"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lamina.cli.inputs import data_problems
-from lamina.cli.recipes import complete_names
+from lamina.cli.options import complete_names
 from lamina.cli.terminal import console
 from lamina.errors import DataError, UsageError
 

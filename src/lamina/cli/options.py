@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,14 +11,42 @@ __all__ = [
     "Adapter",
     "AsJson",
     "MaxNewTokens",
+    "Overrides",
+    "Recipe",
     "RunOrModel",
     "Seed",
     "System",
     "Temperature",
     "TopP",
+    "TrainingData",
+    "complete_names",
 ]
 
+
+def complete_names(incomplete: str) -> list[str]:
+    """Recipes, for the shell's completion."""
+    from lamina.recipe.load import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Recipe = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe of the library (`lamina recipes ls`), or a YAML file.",
+        autocompletion=complete_names,
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Keys of the recipe with other values."),
+]
+TrainingData = Annotated[
+    list[Path] | None,
+    typer.Option("--data", metavar="FILE", help="What to train on. May be given again."),
+]
 RunOrModel = Annotated[
     str, typer.Argument(metavar="RUN", help="The folder of a run, or a model without an adapter.")
 ]

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lamina.cli import options
 from lamina.cli.inputs import data_problems, require
-from lamina.cli.options import AsJson
-from lamina.cli.recipes import complete_names
 from lamina.cli.terminal import print_json
 from lamina.errors import LaminaError, UsageError
 
@@ -24,22 +23,9 @@ __all__ = ["plan"]
 
 
 def plan(
-    recipe: Annotated[
-        str,
-        typer.Argument(
-            metavar="RECIPE",
-            help="A recipe of the library (`lamina recipes ls`), or a YAML file.",
-            autocompletion=complete_names,
-        ),
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Keys of the recipe with other values."),
-    ] = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option("--data", metavar="FILE", help="What to train on. May be given again."),
-    ] = None,
+    recipe: options.Recipe,
+    overrides: options.Overrides = None,
+    data: options.TrainingData = None,
     gpu: Annotated[
         str | None,
         typer.Option("--gpu", metavar="NAME", help="A card, e.g. 'RTX 4090'; or cpu."),
@@ -65,7 +51,7 @@ def plan(
         float | None,
         typer.Option("--watts", metavar="N", min=1.0, help="What the machine draws at work."),
     ] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Say what a run will take: memory by buffer, time, cost. Downloads nothing.
 

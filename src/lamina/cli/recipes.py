@@ -9,19 +9,12 @@ from typing import Annotated
 
 import typer
 
-from lamina.cli.options import AsJson
+from lamina.cli.options import AsJson, complete_names
 from lamina.cli.terminal import note, print_json, print_table
 
-__all__ = ["app", "complete_names"]
+__all__ = ["app"]
 
 app = typer.Typer(help="The recipes that come along: list, explain, copy.", no_args_is_help=True)
-
-
-def complete_names(incomplete: str) -> list[str]:
-    """For the shell's completion."""
-    from lamina.recipe.load import recipe_names
-
-    return [name for name in recipe_names() if name.startswith(incomplete)]
 
 
 Name = Annotated[

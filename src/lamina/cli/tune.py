@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lamina.cli import options
 from lamina.cli.data_report import rows
 from lamina.cli.inputs import data_problems, out_problems
-from lamina.cli.options import AsJson
-from lamina.cli.recipes import complete_names
 from lamina.cli.terminal import duration, note, print_json, size
 from lamina.errors import LaminaError, RecipeError, UsageError
 
@@ -24,22 +23,9 @@ __all__ = ["tune"]
 
 
 def tune(
-    recipe: Annotated[
-        str,
-        typer.Argument(
-            metavar="RECIPE",
-            help="A recipe of the library (`lamina recipes ls`), or a YAML file.",
-            autocompletion=complete_names,
-        ),
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Keys of the recipe with other values."),
-    ] = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option("--data", metavar="FILE", help="What to train on. May be given again."),
-    ] = None,
+    recipe: options.Recipe,
+    overrides: options.Overrides = None,
+    data: options.TrainingData = None,
     eval_data: Annotated[
         list[Path] | None,
         typer.Option(
@@ -56,7 +42,7 @@ def tune(
             help="The folder of the run: new or empty. Otherwise one in runs/.",
         ),
     ] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Tune a model with LoRA.
 

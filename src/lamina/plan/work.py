@@ -23,6 +23,7 @@ from lamina.plan.hardware import Hardware
 from lamina.plan.shapes import BlockShape, Matrix, ModelShape
 
 __all__ = [
+    "KERNELS",
     "NORM_BYTES",
     "BlockWork",
     "Setting",
@@ -50,7 +51,7 @@ _CORE_SHARE = 0.65
 _ROWS = 64
 #: oneDNN compiles a kernel for each shape of a product, which takes so many seconds, and keeps so
 #: many of them (`engine/__init__.py` sets the number).
-_COMPILE, _KERNELS = 3e-4, 512
+_COMPILE, KERNELS = 3e-4, 512
 #: Seconds that an operation takes however small it is: on CPU the threads' meeting, on CUDA the
 #: launch, which runs ahead of the device and so only counts where the device would be faster.
 _CPU_CALL, _CUDA_CALL = 6e-6, 6e-6
@@ -334,7 +335,7 @@ def _expert(
 
 def kernels_kept() -> int:
     """How many compiled kernels are kept at once, on CPU."""
-    return int(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS))
+    return int(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS))
 
 
 def kernel_shapes(shape: ModelShape, setting: Setting, tokens: int) -> tuple[int, int]:

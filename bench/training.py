@@ -38,7 +38,7 @@ def sequences(count: int, length: int) -> list[list[int]]:
     store = prepare(MODEL)
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(store.path)
+    tokenizer = AutoTokenizer.from_pretrained(store.path, model_max_length=10**9)
     ids: list[int] = []
     for text in pydoc_data.topics.topics.values():
         ids += tokenizer(text)["input_ids"]
